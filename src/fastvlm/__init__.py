@@ -1,0 +1,1 @@
+"""FastVLM: a picture and a question in, the answer out."""

@@ -1,0 +1,1 @@
+"""The pure model: tensors and its configuration, no files, no text, no devices."""

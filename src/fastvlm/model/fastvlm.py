@@ -1,0 +1,48 @@
+"""The whole model: encode pictures, embed tokens, merge the two, read the sentence.
+
+Letters: `P` images, `H, W` pixels, `N` positions, `C` channels of vision, `B` rows, `T` tokens, `D` width, `V` vocabulary.
+"""
+
+from torch import Tensor, nn
+
+from fastvlm.config import Config
+from fastvlm.model.language import Qwen2
+from fastvlm.model.merge import merge
+from fastvlm.model.projector import Projector
+from fastvlm.model.vision import LAYER_SCALE, FastViTHD
+
+
+class FastVLM(nn.Module):
+    """Vision encoder, projector and language model."""
+
+    def __init__(self, config: Config, initial_scale: float = LAYER_SCALE) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = FastViTHD(config.vision, initial_scale)
+        self.projector = Projector(config.projector)
+        self.language = Qwen2(config.language)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Turn pixels `(P, 3, H, W)` into image embeddings `(P, N, D)`: a value one may keep and ask again."""
+        return self.projector(self.vision(pixels))
+
+    def embed(self, token_ids: Tensor, image_embeds: Tensor | None = None) -> Tensor:
+        """Embed token ids `(B, T)` and put image embeddings `(P, N, D)` where the placeholders are.
+
+        Returns:
+            What the language model reads, `(B, T, D)`.
+
+        Raises:
+            InputError: The prompt has more or fewer placeholders than the images need.
+        """
+        is_image = token_ids == self.config.image_token_id
+        # A tokenizer without `<image>` has no row for it, so the lookup must not see the placeholder.
+        text_embeds = self.language.embed(token_ids.masked_fill(is_image, 0))
+        if image_embeds is None:
+            image_embeds = text_embeds.new_zeros(0, text_embeds.shape[-1])
+        return merge(text_embeds, image_embeds, is_image)
+
+    def forward(self, token_ids: Tensor, pixels: Tensor | None = None) -> Tensor:
+        """Return all logits `(B, T, V)` for token ids `(B, T)` and pixels `(P, 3, H, W)`: what training needs."""
+        image_embeds = None if pixels is None else self.encode(pixels)
+        return self.language.head(self.language(self.embed(token_ids, image_embeds)))

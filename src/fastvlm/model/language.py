@@ -1,0 +1,146 @@
+"""Qwen2, the language model: embeddings to next-token logits (arXiv 2407.10671).
+
+Parameter names are Hugging Face's.
+
+Letters: `B` rows, `T` tokens, `D` width, `A` query heads, `G` key/value heads, `E` width of a head, `V` vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastvlm.config import LanguageConfig
+from fastvlm.model.cache import KVCache
+
+
+class RMSNorm(nn.Module):
+    """Each vector divided by its root mean square (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., D)` to the same."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine `(B, 1, T, E)` for positions `(B, T)`, in float32 (arXiv 2104.09864)."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[:, None, :, None].float() * theta**-exponents  # (B, 1, T, E / 2)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn the pairs `(x[i], x[i + E/2])` of `(B, heads, T, E)` by their position's angle."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat([-right, left], dim=-1) * sine
+
+
+class Attention(nn.Module):
+    """Causal attention in which several query heads share a key/value head (arXiv 2305.13245)."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.num_heads * config.head_dim)
+        self.k_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim)
+        self.v_proj = nn.Linear(config.dim, config.num_kv_heads * config.head_dim)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
+
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        """`(B, T, D)` to the same."""
+        num_rows, num_tokens, _ = x.shape
+        query = self._heads(self.q_proj(x))  # (B, A, T, E)
+        key = self._heads(self.k_proj(x))  # (B, G, T, E)
+        value = self._heads(self.v_proj(x))
+        query, key = rotate(query, *angles), rotate(key, *angles)
+        if cache is not None:
+            key, value = cache.update(layer, key, value)  # (B, G, S + T, E)
+        group = self.num_heads // self.num_kv_heads
+        if num_tokens == 1:
+            # One token: the query heads that share a key head stand in for tokens, and nothing is copied.
+            query = query.view(num_rows, self.num_kv_heads, group, self.head_dim)
+            x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        else:
+            key, value = (y.repeat_interleave(group, dim=1) for y in (key, value))
+            x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+            x = x.transpose(1, 2)  # (B, T, A, E)
+        return self.o_proj(x.reshape(num_rows, num_tokens, -1))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """A gated feed-forward layer (arXiv 2002.05202)."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.mlp_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.mlp_dim, bias=False)
+        self.down_proj = nn.Linear(config.mlp_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, T, D)` to the same."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each behind a norm and beside a skip."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        """`(B, T, D)` to the same."""
+        x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen2(nn.Module):
+    """Embeddings to hidden states; `embed` comes before it and `head` after."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.lm_head = None if config.tied else nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """`(B, T)` ids to `(B, T, D)`."""
+        return self.embed_tokens(token_ids)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """`(..., D)` hidden states to `(..., V)` logits."""
+        return F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+
+    def forward(self, embeds: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Read `(B, T, D)` behind what the cache holds; return hidden states `(B, T, D)`.
+
+        The caller counts the tokens as read (`cache.advance`), because only it knows which of them are padding.
+        """
+        num_tokens = embeds.shape[1]
+        if cache is None:
+            positions, mask = torch.arange(num_tokens, device=embeds.device)[None], None
+        else:
+            positions, mask = cache.positions(num_tokens), cache.mask(num_tokens)
+        cosine, sine = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        angles = cosine.to(embeds.dtype), sine.to(embeds.dtype)
+        x = embeds
+        for index, layer in enumerate(self.layers):
+            x = layer(x, angles, mask, cache, index)
+        return self.norm(x)
