@@ -30,7 +30,7 @@ QWEN2_PATTERN: Final = (
 )
 
 MAX_FILE_BYTES: Final = 64 * 2**20  # Qwen2's tokenizer.json has 7 MB
-MAX_PATTERN_CHARS: Final = 2_000  # Qwen2's has 115
+MAX_TEXT_CHARS: Final = 1_000_000  # more than any context holds; the pattern gives up at ten million spaces
 
 _T = TypeVar("_T")
 Role = Literal["system", "user", "assistant"]
@@ -199,6 +199,8 @@ class Tokenizer:
         missing = [name for name in (IM_START, IM_END, END_OF_TEXT) if name not in vocab]
         if missing:
             raise CheckpointError(f"{origin} does not know {', '.join(missing)}; expected a Qwen2 chat tokenizer")
+        if len(set(vocab.values())) != len(vocab):
+            raise CheckpointError(f"{origin} gives one id to several tokens; expected ids without gaps")
         num_bytes = sum(char in vocab for char in _BYTE_OF_CHAR)
         if num_bytes != 256:
             raise CheckpointError(f"{origin} knows {num_bytes} of the 256 bytes; expected byte-level BPE as Qwen2's")
@@ -238,15 +240,19 @@ class Tokenizer:
     def from_json(cls, text: str, *, origin: str = "tokenizer.json") -> Self:
         """Take the content of a `tokenizer.json`."""
         content = _parse_json(text, origin)
-        longest = max(map(len, _patterns(content.get("normalizer"), content.get("pre_tokenizer"))), default=0)
-        if longest > MAX_PATTERN_CHARS:
-            raise CheckpointError(
-                f"{origin} has a pattern of {longest} characters; at most {MAX_PATTERN_CHARS} are read"
-            )
-        return cls(_guarded(lambda: tokenizers.Tokenizer.from_str(text), origin), origin=origin)
+        for pattern in _patterns(content.get("normalizer"), content.get("pre_tokenizer")):
+            # Another pattern means other ids, and a hostile one takes hours; so only the known one is compiled.
+            if pattern != QWEN2_PATTERN:
+                raise CheckpointError(f"{origin} splits words by {str(pattern)[:40]!r}; expected the pattern of Qwen2")
+        backend = _guarded(lambda: tokenizers.Tokenizer.from_str(text), origin)
+        for token in content.get("added_tokens") or []:
+            _check_id(backend, token["content"], token["id"], origin)
+        return cls(backend, origin=origin)
 
     def encode_text(self, text: str) -> list[int]:
         """Turn typed text into ids; `<|im_end|>`, `<image>` and the like are letters here, never control tokens."""
+        if len(text) > MAX_TEXT_CHARS:
+            raise InputError(f"the text has {len(text):,} characters; at most {MAX_TEXT_CHARS:,} are read")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -279,11 +285,13 @@ class Tokenizer:
             with_vocab: Also write `vocab.json` and `merges.txt`, as Apple's folders have.
             max_length: What `model_max_length` says.
         """
-        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        content = json.loads(self._backend.to_str())
+        if not with_image and self.image_id >= self.vocab_size:  # in the middle it stays: others would move up
+            content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != IMAGE_MARK]
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
         if with_image:
             backend.add_special_tokens([AddedToken(IMAGE_MARK, normalized=False, special=True)])
-            if backend.token_to_id(IMAGE_MARK) != self.image_id:
-                raise CheckpointError(f"{self.origin} leaves ids unused, so <image> cannot get the id {self.image_id}")
+            _check_id(backend, IMAGE_MARK, self.image_id, self.origin)
         (folder / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
         config = json.dumps(_tokenizer_config(backend, max_length), indent=1, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
@@ -354,15 +362,14 @@ def _parse_json(text: str, origin: str) -> dict[str, Any]:
     return content
 
 
-def _patterns(*nodes: Any) -> Iterator[str]:
-    """Every text inside a part of a tokenizer.json: a pattern may hide under several keys."""
+def _patterns(*nodes: Any) -> Iterator[Any]:
+    """Every regular expression inside parts of a tokenizer.json."""
     for node in nodes:
-        if isinstance(node, str):
-            yield node
+        if isinstance(node, dict):
+            yield from (value for key, value in node.items() if key == "Regex")
+            yield from _patterns(*node.values())
         elif isinstance(node, list):
             yield from _patterns(*node)
-        elif isinstance(node, dict):
-            yield from _patterns(*node.values())
 
 
 def _from_vocab_and_merges(folder: Path) -> tokenizers.Tokenizer:
@@ -381,9 +388,14 @@ def _from_vocab_and_merges(folder: Path) -> tokenizers.Tokenizer:
             raise CheckpointError(f"{config_path} adds a token without a content under the id {id_}")
         is_special = not isinstance(token, dict) or bool(token.get("special"))
         backend.add_tokens([AddedToken(name, normalized=False, special=is_special)])
-        if backend.token_to_id(name) != id_:
-            raise CheckpointError(f"{config_path} gives {name!r} the id {id_}; {vocab_path.name} leaves another for it")
+        _check_id(backend, name, id_, str(config_path))
     return backend
+
+
+def _check_id(backend: tokenizers.Tokenizer, name: str, token_id: int, origin: str) -> None:
+    """The library numbers added tokens itself, whatever a file says; a difference would go unnoticed."""
+    if backend.token_to_id(name) != token_id:
+        raise CheckpointError(f"{origin} gives {name!r} the id {token_id}; the vocabulary before it ends elsewhere")
 
 
 def _guarded(make: Callable[[], _T], origin: str) -> _T:
