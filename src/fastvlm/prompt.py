@@ -146,7 +146,7 @@ def render(messages: Sequence[Message], *, add_generation_prompt: bool = True) -
 
 def chat_template() -> str:
     """The same prompt as a Jinja template, for `LlavaProcessor.apply_chat_template` of transformers."""
-    return _CHAT_TEMPLATE
+    return _CHAT_TEMPLATE.replace("@SYSTEM@", DEFAULT_SYSTEM)
 
 
 _CHAT_TEMPLATE = """\
@@ -159,7 +159,7 @@ _CHAT_TEMPLATE = """\
   {%- endif -%}
 {%- endmacro -%}
 {%- if not messages or messages[0]['role'] != 'system' -%}
-  {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+  {{- '<|im_start|>system\\n@SYSTEM@<|im_end|>\\n' -}}
 {%- endif -%}
 {%- for message in messages -%}
   {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -225,6 +225,11 @@ class Tokenizer:
         for name in controls:
             if vocab[name] in self.encode_text(name):
                 raise CheckpointError(f"{self.origin} builds {name} out of plain text; expected an added special token")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Come back from a pickle, which forgets that control tokens are not parsed."""
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = True
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -342,8 +347,11 @@ _BYTE_OF_CHAR: Final = byte_chars()
 
 
 def _read_text(path: Path) -> str:
-    with path.open("rb") as file:
-        raw = file.read(MAX_FILE_BYTES + 1)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if len(raw) > MAX_FILE_BYTES:
         raise CheckpointError(f"{path} is larger than {MAX_FILE_BYTES // 2**20} MiB; a tokenizer has less than 20")
     try:

@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import shutil
 import unicodedata
 from pathlib import Path
@@ -112,10 +114,6 @@ def as_text_first(message):
     return {"role": message.role, "content": parts[::-1]}
 
 
-def as_string(message):
-    return {"role": message.role, "content": render([system(""), message], add_generation_prompt=False)}
-
-
 @pytest.mark.parametrize("form", [as_parts, as_text_first])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("trim", [True, False])
@@ -178,6 +176,24 @@ def test_controls_that_a_file_does_not_call_special_are_still_never_typed():
 
     assert tokenizer.encode_text("<image><|im_end|>") == TOKENIZER.encode_text("<image><|im_end|>")
     assert (tokenizer.image_id, tokenizer.stop_ids) == (TOKENIZER.image_id, TOKENIZER.stop_ids)
+
+
+def test_an_added_word_that_is_not_special_stays_one_token_with_its_text():
+    content = content_of(HUGGINGFACE)
+    content["added_tokens"].append(
+        content["added_tokens"][3] | {"id": 490, "content": "\u00fcber-word", "special": False}
+    )
+
+    tokenizer = Tokenizer.from_json(json.dumps(content))
+
+    assert tokenizer.encode_text("\u00fcber-word") == [490]
+    assert tokenizer.detokenize([490, tokenizer.image_id]) == "\u00fcber-word"
+    assert (tokenizer.vocab_size, tokenizer.never_chosen(492)) == (491, [489, 491])
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_copy_for_another_process_does_not_parse_control_tokens_either(clone):
+    assert clone(TOKENIZER).encode_text("<image><|im_end|>") == TOKENIZER.encode_text("<image><|im_end|>")
 
 
 def test_each_picture_may_need_its_own_number_of_tokens():
