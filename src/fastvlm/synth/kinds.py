@@ -43,6 +43,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(name="cherry", plural="cherries", codepoint="\N{CHERRIES}", group="fruit", is_countable=False),
     Kind(name="watermelon", plural="watermelons", codepoint="\N{WATERMELON}", group="fruit", is_countable=False),
     Kind(name="pineapple", plural="pineapples", codepoint="\N{PINEAPPLE}", group="fruit", is_countable=True),
+    Kind(name="avocado", plural="avocados", codepoint="\N{AVOCADO}", group="fruit", is_countable=False),
     Kind(name="tomato", plural="tomatoes", codepoint="\N{TOMATO}", group="fruit", is_countable=False),
     Kind(name="carrot", plural="carrots", codepoint="\N{CARROT}", group="food", is_countable=True),
     Kind(name="corn", plural="corn", codepoint="\N{EAR OF MAIZE}", group="food", is_countable=False),
@@ -55,6 +56,8 @@ KINDS: tuple[Kind, ...] = (
     Kind(name="pizza", plural="pizzas", codepoint="\N{SLICE OF PIZZA}", group="food", is_countable=True),
     Kind(name="fries", plural="fries", codepoint="\N{FRENCH FRIES}", group="food", is_countable=False),
     Kind(name="hot dog", plural="hot dogs", codepoint="\N{HOT DOG}", group="food", is_countable=False),
+    Kind(name="sandwich", plural="sandwiches", codepoint="\N{SANDWICH}", group="food", is_countable=False),
+    Kind(name="taco", plural="tacos", codepoint="\N{TACO}", group="food", is_countable=False),
     Kind(
         name="cake",
         plural="cakes",
@@ -78,6 +81,9 @@ KINDS: tuple[Kind, ...] = (
         is_countable=True,
         also=("\N{RABBIT}",),
     ),
+    Kind(
+        name="mouse", plural="mice", codepoint="\N{MOUSE FACE}", group="animal", is_countable=False, also=("\N{MOUSE}",)
+    ),
     Kind(name="bear", plural="bears", codepoint="\N{BEAR FACE}", group="animal", is_countable=False),
     Kind(name="panda", plural="pandas", codepoint="\N{PANDA FACE}", group="animal", is_countable=False),
     Kind(name="lion", plural="lions", codepoint="\N{LION FACE}", group="animal", is_countable=False),
@@ -89,7 +95,9 @@ KINDS: tuple[Kind, ...] = (
         is_countable=False,
         also=("\N{TIGER}",),
     ),
+    Kind(name="fox", plural="foxes", codepoint="\N{FOX FACE}", group="animal", is_countable=False),
     Kind(name="cow", plural="cows", codepoint="\N{COW FACE}", group="animal", is_countable=False, also=("\N{COW}",)),
+    Kind(name="sheep", plural="sheep", codepoint="\N{SHEEP}", group="animal", is_countable=False, also=("\N{RAM}",)),
     Kind(name="pig", plural="pigs", codepoint="\N{PIG FACE}", group="animal", is_countable=True, also=("\N{PIG}",)),
     Kind(name="frog", plural="frogs", codepoint="\N{FROG FACE}", group="animal", is_countable=True),
     Kind(
@@ -137,6 +145,13 @@ KINDS: tuple[Kind, ...] = (
     Kind(name="bee", plural="bees", codepoint="\N{HONEYBEE}", group="animal", is_countable=True),
     Kind(name="butterfly", plural="butterflies", codepoint="\N{BUTTERFLY}", group="animal", is_countable=True),
     Kind(name="ladybug", plural="ladybugs", codepoint="\N{LADY BEETLE}", group="animal", is_countable=True),
+    Kind(
+        name="spider",
+        plural="spiders",
+        codepoint="\N{SPIDER}\N{VARIATION SELECTOR-16}",
+        group="animal",
+        is_countable=False,
+    ),
     Kind(name="crab", plural="crabs", codepoint="\N{CRAB}", group="animal", is_countable=False),
     Kind(name="elephant", plural="elephants", codepoint="\N{ELEPHANT}", group="animal", is_countable=True),
     Kind(name="snake", plural="snakes", codepoint="\N{SNAKE}", group="animal", is_countable=False),
@@ -146,10 +161,7 @@ KINDS: tuple[Kind, ...] = (
         codepoint="\N{CHERRY BLOSSOM}",
         group="plant",
         is_countable=True,
-        also=(
-            "\N{HIBISCUS}",
-            "\N{BLOSSOM}",
-        ),
+        also=("\N{HIBISCUS}",),
     ),
     Kind(name="sunflower", plural="sunflowers", codepoint="\N{SUNFLOWER}", group="plant", is_countable=True),
     Kind(name="tulip", plural="tulips", codepoint="\N{TULIP}", group="plant", is_countable=False),
@@ -243,6 +255,8 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         name="bed", plural="beds", codepoint="\N{BED}\N{VARIATION SELECTOR-16}", group="household", is_countable=False
     ),
+    Kind(name="chair", plural="chairs", codepoint="\N{CHAIR}", group="household", is_countable=False),
+    Kind(name="television", plural="televisions", codepoint="\N{TELEVISION}", group="household", is_countable=False),
     Kind(name="door", plural="doors", codepoint="\N{DOOR}", group="household", is_countable=False),
     Kind(
         name="scissors",
@@ -317,6 +331,7 @@ KINDS: tuple[Kind, ...] = (
         is_countable=False,
     ),
     Kind(name="rainbow", plural="rainbows", codepoint="\N{RAINBOW}", group="weather", is_countable=False),
+    Kind(name="lightning", plural="lightning", codepoint="\N{HIGH VOLTAGE SIGN}", group="weather", is_countable=False),
     Kind(name="fire", plural="fires", codepoint="\N{FIRE}", group="weather", is_countable=False),
     Kind(
         name="smile",
@@ -330,6 +345,15 @@ KINDS: tuple[Kind, ...] = (
             "\N{SLIGHTLY SMILING FACE}",
         ),
     ),
+    Kind(
+        name="laughing face",
+        plural="laughing faces",
+        codepoint="\N{FACE WITH TEARS OF JOY}",
+        group="face",
+        is_countable=False,
+        also=("\N{ROLLING ON THE FLOOR LAUGHING}",),
+    ),
+    Kind(name="winking face", plural="winking faces", codepoint="\N{WINKING FACE}", group="face", is_countable=False),
     Kind(
         name="crying face",
         plural="crying faces",
