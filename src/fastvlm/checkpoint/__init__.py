@@ -1,0 +1,6 @@
+"""A folder on disk to a model and back; all that is known about foreign names and files is in this folder."""
+
+from fastvlm.checkpoint.load import Checkpoint, assemble, load, load_encoder, load_language
+from fastvlm.checkpoint.save import save
+
+__all__ = ["Checkpoint", "assemble", "load", "load_encoder", "load_language", "save"]

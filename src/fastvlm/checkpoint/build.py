@@ -1,0 +1,143 @@
+"""From named tensors to modules: geometry out of the shapes, strict, and one tensor at a time."""
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from fastvlm.checkpoint.translate import Parts
+from fastvlm.config import Fit, VisionConfig
+from fastvlm.errors import CheckpointError, ConfigError
+
+BATCH_NORM_DTYPE: Final = torch.float32
+_NORM_ENDINGS: Final = (".running_mean", ".running_var")
+
+
+def vision_config(parts: Parts, *, image_size: int, fit: Fit) -> VisionConfig:
+    """Read the encoder's geometry from the shapes of its tensors.
+
+    Raises:
+        CheckpointError: The tensors that show it are missing or contradict each other.
+    """
+    blocks = {tuple(name.split(".")[2:5:2]) for name in parts.sources if name.startswith("vision.stages.")}
+    counts: dict[str, int] = {}
+    for stage, block in (pair for pair in blocks if len(pair) == 2 and _is_block(parts, *pair)):
+        counts[stage] = max(counts.get(stage, 0), int(block) + 1)
+    stages = range(max(len(counts), 2))
+    fc2 = [parts.shape(f"vision.stages.{i}.blocks.0.mlp.fc2.weight") for i in stages]
+    if any(len(shape) != 4 for shape in fc2):
+        raise CheckpointError(f"{parts.origin}: fc2 of a ConvFFN is not a convolution; is this FastViTHD?")
+    has_attention = [f"vision.stages.{i}.blocks.0.token_mixer.qkv.weight" in parts.sources for i in stages]
+    head = "vision.head.proj"
+    try:
+        return VisionConfig(
+            image_size=image_size,
+            depths=tuple(counts.get(str(i), 0) for i in stages),
+            dims=tuple(shape[0] for shape in fc2),
+            mlp_ratio=fc2[0][1] // max(fc2[0][0], 1),
+            num_attention_stages=sum(has_attention),
+            clip_dim=parts.shape(head)[-1] if head in parts.sources else None,
+            is_reparameterised="vision.stem.0.reparam_conv.weight" in parts.sources,
+            fit=fit,
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{parts.origin}: {error}") from error
+
+
+def _is_block(parts: Parts, stage: str, block: str) -> bool:
+    return block.isdecimal() and f"vision.stages.{stage}.blocks.{block}.mlp.fc2.weight" in parts.sources
+
+
+def build(
+    make: Callable[[], nn.Module],
+    parts: Parts,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    without: tuple[str, ...] = (),
+) -> nn.Module:
+    """Build a module without weights, check every tensor's name and shape, then put the tensors in.
+
+    Args:
+        make: Builds the module; runs on the meta device, so that nothing is allocated.
+        parts: The tensors under the names of the module's parameters.
+        dtype: What to convert to; None keeps each tensor as stored. BatchNorm stays in float32 when that is wider.
+        device: Where the tensors go.
+        without: Prefixes of parameters that another step fills in.
+
+    Raises:
+        CheckpointError: A tensor is missing, left over, or of another shape.
+    """
+    with torch.device("meta"):
+        module = make()
+    expected = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(without or ("\0",))}
+    _check(parts, expected)
+    norms = norm_tensors(module)
+    state: dict[str, Tensor] = {}
+    for name in expected:
+        target = norm_dtype(dtype) if name in norms else dtype
+        state[name] = _take(parts, name, target, device)
+    module.load_state_dict(state, strict=not without, assign=True)
+    return module.requires_grad_(True).eval()
+
+
+def _take(parts: Parts, name: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+    source = parts.sources[name]
+    stored = source.read()
+    is_count = name.endswith(".num_batches_tracked")
+    if stored.is_floating_point() == is_count:
+        raise CheckpointError(f"{parts.origin}: {source.stored_name!r} has dtype {stored.dtype}; is it quantised?")
+    if not is_count and not _is_finite(stored):
+        raise CheckpointError(f"{parts.origin}: {source.stored_name!r} holds NaN or infinity; the weights are damaged")
+    tensor = stored.to(device=device, dtype=None if is_count else dtype)
+    if tensor is not stored:
+        source.forget()
+    return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # One pass without a mask of the tensor's size; a sum that overflows is looked at closely.
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
+def norm_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """BatchNorm's dtype in a model of that dtype: a running variance loses too much in 8 bits of mantissa."""
+    return BATCH_NORM_DTYPE if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def norm_tensors(module: nn.Module) -> set[str]:
+    """The names of every BatchNorm's weight, bias and statistics."""
+    return {
+        f"{name}.{tensor}"
+        for name, child in module.named_modules()
+        if isinstance(child, nn.BatchNorm2d)
+        for tensor in ("weight", "bias", "running_mean", "running_var")
+    }
+
+
+def _check(parts: Parts, expected: dict[str, Tensor]) -> None:
+    missing = [name for name in expected if name not in parts.sources]
+    unexpected = parts.unexpected + [
+        source.stored_name for name, source in parts.sources.items() if name not in expected
+    ]
+    misshapen = [
+        f"{parts.sources[name].stored_name!r} is {parts.sources[name].shape}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in parts.sources and parts.sources[name].shape != tuple(tensor.shape)
+    ]
+    problems = [
+        _few("missing", [repr(name) for name in missing]),
+        _few("unexpected", [repr(name) for name in unexpected]),
+        _few("misshapen", misshapen),
+    ]
+    if missing or unexpected or misshapen:
+        what = "; ".join(problem for problem in problems if problem)
+        raise CheckpointError(f"{parts.origin}: {what}; does config.json belong to these weights?")
+
+
+def _few(kind: str, items: list[str], limit: int = 3) -> str:
+    if not items:
+        return ""
+    more = f" (and {len(items) - limit} more)" if len(items) > limit else ""
+    return f"{kind} {', '.join(items[:limit])}{more}"

@@ -1,0 +1,155 @@
+"""mlx-vlm's layout and Apple's iOS bundle: channels last, weights perhaps quantised."""
+
+import re
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fastvlm.checkpoint import timm
+from fastvlm.checkpoint.foreign import section
+from fastvlm.checkpoint.reading import Weights
+from fastvlm.checkpoint.translate import Parts, Rename, Source, plain_source
+from fastvlm.errors import CheckpointError
+
+VISION: Final = "vision_tower.vision_model."
+_PROJECTOR: Final = {"0": "fc1", "2": "fc2"}
+BITS: Final = (2, 3, 4, 5, 6, 8)
+
+
+def rename(name: str) -> str | None:
+    """A stored name to ours; the endings of quantised tensors stay."""
+    if name.startswith(VISION):
+        encoder = timm.from_apple(name.removeprefix(VISION).replace("patch_embed.blocks.", "patch_embed."))
+        return None if encoder is None else f"vision.{encoder}"
+    if match := re.fullmatch(r"(?:mm_projector\.|multi_modal_projector\.linear_)([02])\.(\w+)", name):
+        return f"projector.{_PROJECTOR[match[1]]}.{match[2]}"
+    if match := re.fullmatch(r"language_model\.(?:model\.)?((?:embed_tokens|layers|norm)\..+)", name):
+        return f"language.{match[1]}"
+    if match := re.fullmatch(r"language_model\.(lm_head\..+)", name):
+        return f"language.{match[1]}"
+    return None
+
+
+def to_mlx(name: str) -> str | None:
+    """Our name to the stored one; None for what mlx-vlm leaves out."""
+    if name.endswith(".num_batches_tracked"):
+        return None
+    part, rest = name.split(".", 1)
+    if part == "vision":
+        return VISION + re.sub(r"^patch_embed\.", "patch_embed.blocks.", timm.to_apple(rest))
+    if part == "projector":
+        return "mm_projector." + rest.replace("fc1", "0").replace("fc2", "2")
+    return f"language_model.{rest}" if rest.startswith("lm_head.") else f"language_model.model.{rest}"
+
+
+def to_channels_last(tensor: Tensor, name: str) -> Tensor:
+    """A tensor of ours as MLX keeps it: convolutions `(out, k, k, in)`, layer scales `(1, 1, C)`."""
+    if tensor.ndim == 4:
+        return tensor.permute(0, 2, 3, 1)
+    return tensor.permute(1, 2, 0) if name.endswith(".gamma") else tensor
+
+
+def translate_quantised(weights: Weights, raw: dict[str, Any], origin: str, *, rename: Rename) -> Parts:
+    """Give tensors our names and our order of axes, quantised ones through their floats.
+
+    Raises:
+        CheckpointError: The quantisation is of a kind that is not read.
+    """
+    parts = Parts(str(weights.origin))
+    for stored_name, entry in weights.entries.items():
+        name = rename(stored_name)
+        if name is None:
+            parts.unexpected.append(stored_name)
+        elif entry.dtype == "U32":
+            parts.put(name, _quantised(weights, stored_name, raw, origin))
+        elif not (name.endswith((".scales", ".biases")) and _is_quantised(weights, stored_name)):
+            parts.put(name, _channels_first(weights, stored_name, name))
+    for name in [name for name in parts.sources if name.endswith(".bn.running_var")]:
+        count = name.replace("running_var", "num_batches_tracked")  # MLX has no such counter
+        parts.sources.setdefault(count, Source(count, (), partial(torch.tensor, 0), lambda: None))
+    return parts
+
+
+def _is_quantised(weights: Weights, stored_name: str) -> bool:
+    weight = weights.entries.get(stored_name.rsplit(".", 1)[0] + ".weight")
+    return weight is not None and weight.dtype == "U32"
+
+
+def _channels_first(weights: Weights, stored_name: str, name: str) -> Source:
+    plain = plain_source(weights, stored_name)
+    if len(plain.shape) == 4:
+        out_dim, height, width, in_dim = plain.shape
+        return Source(
+            stored_name,
+            (out_dim, in_dim, height, width),
+            lambda: plain.read().permute(0, 3, 1, 2).contiguous(),
+            plain.forget,
+        )
+    if name.endswith(".gamma") and len(plain.shape) == 3:
+        return Source(stored_name, plain.shape[::-1], lambda: plain.read().reshape(-1, 1, 1), plain.forget)
+    return plain
+
+
+def _quantised(weights: Weights, stored_name: str, raw: dict[str, Any], origin: str) -> Source:
+    base = stored_name.removesuffix(".weight")
+    scales, biases = f"{base}.scales", f"{base}.biases"
+    for name in (scales, biases):
+        if name not in weights.entries:
+            raise CheckpointError(f"{weights.origin}: missing {name!r} beside the quantised {stored_name!r}")
+    group_size, bits = _settings(raw, origin, base)
+    shape = weights.entries[stored_name].shape
+    if len(shape) != 2 or shape[1] * 32 % bits or shape[1] * 32 // bits % group_size:
+        raise CheckpointError(f"{weights.origin}: {stored_name!r} of shape {shape} cannot hold groups of {group_size}")
+    width = shape[1] * 32 // bits
+    groups = (shape[0], width // group_size)
+    for name in (scales, biases):
+        if weights.entries[name].shape != groups:
+            raise CheckpointError(f"{weights.origin}: {name!r} is {weights.entries[name].shape}, expected {groups}")
+
+    def read() -> Tensor:
+        scale = weights.read(scales)
+        tensor = dequantise(weights.read(stored_name), scale, weights.read(biases), bits)
+        return tensor.to(scale.dtype)
+
+    return Source(stored_name, (shape[0], width), read, lambda: weights.forget(stored_name))
+
+
+def _settings(raw: dict[str, Any], origin: str, base: str) -> tuple[int, int]:
+    """Group size and bits of one layer: its own, or the folder's."""
+    key = "quantization" if "quantization" in raw else "quantization_config"
+    common = section(raw, origin, key)
+    own = common.get(base)
+    values = common | own if isinstance(own, dict) else common
+    group_size, bits = values.get("group_size"), values.get("bits")
+    if values.get("mode", "affine") != "affine":
+        raise CheckpointError(f"{origin}: {key}.mode is {str(values['mode'])[:40]!r}; only 'affine' is read")
+    if bits not in BITS or group_size not in (32, 64, 128):
+        raise CheckpointError(f"{origin}: {key} has {str(bits)[:20]} bits in groups of {str(group_size)[:20]}")
+    return group_size, bits
+
+
+def dequantise(packed: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Tensor:
+    """Turn packed numbers into floats: number x scale + bias, one scale and bias a group.
+
+    Args:
+        packed: Numbers of `bits` bits one after the other, low bits first, `(rows, columns * bits / 32)`, uint32.
+        scales: `(rows, groups)`.
+        biases: `(rows, groups)`.
+        bits: How many a number takes.
+
+    Returns:
+        `(rows, columns)`, float32.
+    """
+    rows = packed.shape[0]
+    if 32 % bits == 0:
+        words = packed.view(torch.int32)
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+        numbers = (words[:, :, None] >> shifts) & (2**bits - 1)  # the mask drops the copies of the sign
+    else:  # a number may lie across two words: take them apart bit by bit
+        single = (packed.contiguous().view(torch.uint8)[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+        weights = 2 ** torch.arange(bits, dtype=torch.int32)
+        numbers = (single.view(rows, -1, bits).int() * weights).sum(-1)
+    grouped = numbers.reshape(rows, scales.shape[1], -1).float()
+    return (grouped * scales.float()[..., None] + biases.float()[..., None]).view(rows, -1)

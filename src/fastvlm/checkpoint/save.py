@@ -1,0 +1,247 @@
+"""A model to a folder that transformers loads as `fast_vlm`, and that we load."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fastvlm.checkpoint import huggingface
+from fastvlm.checkpoint.build import norm_dtype, norm_tensors
+from fastvlm.checkpoint.reading import DTYPES, INDEX, SINGLE
+from fastvlm.config import Config
+from fastvlm.errors import CheckpointError
+from fastvlm.model.fastvlm import FastVLM
+from fastvlm.prompt import Tokenizer, chat_template
+
+_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+MAX_SHARD_BYTES: Final = 5 * 10**9
+MAX_LENGTH: Final = 8192  # of a conversation, as Apple trains
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor on its way to a file: shape and dtype now, values when they are written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its length in the file."""
+        return int(torch.Size(self.shape).numel() * self.dtype.itemsize)
+
+
+def save(  # noqa: PLR0913  (what goes into a folder)
+    model: FastVLM,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a checkpoint folder: beside the target first, then renamed, so that it is there whole or not at all.
+
+    Args:
+        model: In its stored form: the training form, or re-parameterised.
+        tokenizer: Gets `<image>` as one id when it lacks it.
+        folder: The target.
+        dtype: What weights are converted to; None keeps each as it is. BatchNorm stays in float32.
+        max_shard_bytes: Larger models are cut into several files.
+        extra: More files, by name: licences, a readme.
+        overwrite: Replace a folder that is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: The model is folded for inference, or the folder is there and not empty.
+    """
+    entries = tensor_entries(model, dtype)
+    config = _with_image_row(model.config, entries)
+    with new_folder(folder, overwrite=overwrite) as place:
+        head = entries.pop("vision.head.proj", None)
+        stored = {huggingface.to_huggingface(name): entry for name, entry in entries.items()}
+        write_weights(place, stored, max_shard_bytes)
+        if head is not None:
+            write_tensors(place / huggingface.CLIP_HEAD, {"head.proj": head})
+        _write_settings(place, config, tokenizer, main_dtype(entries))
+        for name, content in (extra or {}).items():
+            (place / name).write_bytes(content)
+    return Path(folder)
+
+
+def tensor_entries(model: FastVLM, dtype: torch.dtype | None) -> dict[str, Entry]:
+    """All tensors of a model under our names, converted only when they are written.
+
+    Raises:
+        CheckpointError: The model has lost its stored form.
+    """
+    if model.vision.is_folded:
+        raise CheckpointError("the encoder is folded for inference, which cannot be undone; save before folding")
+    norms = norm_tensors(model)
+    entries = {}
+    for name, tensor in model.state_dict().items():
+        target = norm_dtype(dtype) if name in norms else dtype
+        if not tensor.is_floating_point():
+            if not name.endswith(".num_batches_tracked"):
+                raise CheckpointError(f"{name!r} has dtype {tensor.dtype}: a quantised model cannot be saved")
+            target = torch.int64
+        entries[name] = _entry(tensor, target or tensor.dtype)
+    return entries
+
+
+def _entry(tensor: Tensor, dtype: torch.dtype) -> Entry:
+    return Entry(tuple(tensor.shape), dtype, lambda: tensor.detach().to("cpu", dtype))
+
+
+def _with_image_row(config: Config, entries: dict[str, Entry]) -> Config:
+    """Give `<image>` a row when it lies past the table: transformers looks every id up before it merges."""
+    language = config.language
+    rows = config.image_token_id + 1
+    if rows <= language.vocab_size:
+        return config
+    for name in ("language.embed_tokens.weight", "language.lm_head.weight"):
+        if name in entries:
+            entries[name] = _padded(entries[name], rows)
+    values = config.to_dict()
+    values["language"]["vocab_size"] = rows
+    return Config.from_dict(values)
+
+
+def _padded(entry: Entry, rows: int) -> Entry:
+    missing = rows - entry.shape[0]
+    return Entry((rows, entry.shape[1]), entry.dtype, lambda: torch.nn.functional.pad(entry.make(), (0, 0, 0, missing)))
+
+
+def main_dtype(entries: Mapping[str, Entry]) -> torch.dtype:
+    """The dtype of the language model's weights."""
+    return entries["language.norm.weight"].dtype
+
+
+def _write_settings(place: Path, config: Config, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    tokenizer.write(place, max_length=min(MAX_LENGTH, config.language.max_positions))
+    (place / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
+    model_config = huggingface.model_config(
+        config,
+        eos_id=tokenizer.im_end_id,
+        bos_id=tokenizer.end_of_text_id,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    write_json(place / "config.json", model_config)
+    write_json(place / "preprocessor_config.json", huggingface.preprocessor_config(config))
+    write_json(place / "processor_config.json", huggingface.processor_config(config))
+    write_json(place / "generation_config.json", generation_config(tokenizer, config.language.vocab_size))
+
+
+def generation_config(tokenizer: Tokenizer, num_rows: int) -> dict[str, Any]:
+    """Greedy, both stop tokens, and nothing that the tokenizer does not know."""
+    return {
+        "bos_token_id": tokenizer.end_of_text_id,
+        "do_sample": False,
+        "eos_token_id": list(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.end_of_text_id,
+        "suppress_tokens": tokenizer.never_chosen(num_rows),
+    }
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write sorted, indented JSON."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_weights(place: Path, entries: Mapping[str, Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write `model.safetensors`, or shards and their index."""
+    shards = list(_shards(entries, max_shard_bytes))
+    if len(shards) == 1:
+        write_tensors(place / SINGLE, shards[0])
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(place / file, shard)
+        places |= dict.fromkeys(shard, file)
+    total = sum(entry.num_bytes for entry in entries.values())
+    write_json(place / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _shards(entries: Mapping[str, Entry], max_bytes: int) -> Iterator[dict[str, Entry]]:
+    shard: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        if shard and sum(kept.num_bytes for kept in shard.values()) + entry.num_bytes > max_bytes:
+            yield shard
+            shard = {}
+        shard[name] = entry
+    yield shard
+
+
+def write_tensors(path: Path, entries: Mapping[str, Entry]) -> None:
+    """Write one safetensors file, a tensor at a time; the same tensors give the same bytes."""
+    # Wide dtypes first, so that every tensor is aligned.
+    names = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name in names:
+        entry = entries[name]
+        stop = position + entry.num_bytes
+        dtype = _NAMES[entry.dtype]
+        header[name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": [position, stop]}
+        position = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = entries[name].make().contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def new_folder(folder: str | Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give a temporary folder beside the target; it takes the target's place when the block ends well.
+
+    Raises:
+        CheckpointError: The target is there and not empty, or cannot be written.
+    """
+    target = Path(folder).absolute()
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; name a folder")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise CheckpointError(f"{target} is not empty; name another folder, or allow it to be overwritten")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            yield place
+            _replace(place, target)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+
+
+def _replace(place: Path, target: Path) -> None:
+    place.chmod(0o777 & ~_umask())
+    if not target.exists():
+        os.replace(place, target)
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as aside:
+        os.replace(target, Path(aside) / target.name)
+        os.replace(place, target)
+
+
+def _umask() -> int:
+    # Reading it means setting it; there is no other way in Python.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
