@@ -127,7 +127,7 @@ def read_assets(folder: Path) -> Assets:
 
 def _read_sprites(path: Path, rows: list[dict[str, Any]]) -> dict[str, tuple[np.ndarray, ...]]:
     """Cut the one long array of all pixels into sprites: kind name -> `(H, W, 4)` arrays."""
-    with np.load(path, allow_pickle=False) as archive:
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
         pixels = archive["pixels"]
     found: dict[str, list[np.ndarray]] = {kind.name: [] for kind in KINDS}
     start = 0

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastvlm.errors import DownloadError
+from fastvlm.errors import DownloadError, InputError
 from fastvlm.synth.assets import MANIFEST, is_complete, lock_digest, read_lock
 from fastvlm.synth.kinds import KINDS
 
@@ -62,23 +62,20 @@ def fetch_assets(folder: Path, *, progress: Progress | None = None) -> Path:
 
     Raises:
         DownloadError: npm is missing, a package cannot be fetched, or what came is not what was pinned.
+        InputError: `folder` holds something else, or cannot be written.
     """
     say = progress or _silent
     if is_complete(folder):
         say(f"{folder} is complete")
         return folder
-    packages = read_lock()["packages"]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fastvlm-assets-") as scratch_name:
-        scratch = Path(scratch_name)
-        archives = _fetch_all(packages, scratch, say)
-        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            say("drawing the emoji")
-            _make_folder(packages, archives, made, scratch)
-            _replace_folder(made, folder)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+    if folder.exists() and not _may_be_replaced(folder):
+        raise InputError(f"{folder} holds other files: name an empty or a new folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="fastvlm-assets-") as scratch:
+            _build(folder, Path(scratch), say)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error}") from error
     say(f"wrote {folder}")
     return folder
 
@@ -114,6 +111,27 @@ def update_lock(path: Path, *, progress: Progress | None = None) -> None:
 
 def _silent(_: str) -> None:
     """Drop a progress line."""
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    """Say whether a folder is empty or was written by an earlier `fetch_assets`."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return not names or (names <= {MANIFEST, "fonts", "emoji.npz", "words.txt"} and MANIFEST in names)
+
+
+def _build(folder: Path, scratch: Path, say: Progress) -> None:
+    """Fetch everything into `scratch`, make the folder next to where it belongs, and move it there."""
+    packages = read_lock()["packages"]
+    archives = _fetch_all(packages, scratch, say)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        say("drawing the emoji")
+        _make_folder(packages, archives, made, scratch)
+        _replace_folder(made, folder)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _fetch_all(packages: list[dict[str, Any]], scratch: Path, say: Progress) -> dict[str, Path]:
