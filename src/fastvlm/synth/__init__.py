@@ -1,0 +1,1 @@
+"""nano's pictures and questions, each from a seed: `studio.Studio.sample`."""

@@ -1,0 +1,30 @@
+"""What one drawn example is: a picture, questions with answers, and the facts behind them."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import Image
+
+Split = Literal["train", "heldout"]
+TASKS = ("counting", "reading", "emoji", "description", "yes_no", "colour", "place")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """A question about the picture, its answer, and the wording (a template) that the question was made from."""
+
+    task: str
+    wording: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A picture as a user would hand it in, and what is asked about it; the first turn is the sample's task."""
+
+    image: Image.Image
+    turns: tuple[Turn, ...]
+    task: str
+    facts: dict[str, Any]
+    """What a scorer needs, as plain values: `count` and `kind`, `text`, `name`, `answer` or `required`."""

@@ -1,0 +1,96 @@
+"""Samples from seeds: the one door to everything in this folder."""
+
+from random import Random
+from typing import get_args
+
+from fastvlm.synth.assets import Assets
+from fastvlm.synth.compose import Painter
+from fastvlm.synth.degrade import degrade
+from fastvlm.synth.handwriting import Scribe
+from fastvlm.synth.looks import Looks
+from fastvlm.synth.notes import Writer
+from fastvlm.synth.phrases import Phrases
+from fastvlm.synth.questions import LARGEST_COUNT, Asked, absent, ask
+from fastvlm.synth.sample import TASKS, Sample, Split
+from fastvlm.synth.scene import Scene, Subject
+from fastvlm.synth.sprites import Sprites
+
+SHARES = {
+    "counting": 0.28, "reading": 0.32, "emoji": 0.13, "description": 0.1, "yes_no": 0.06, "colour": 0.05, "place": 0.06,
+}  # fmt: skip
+"""How often each task is drawn when none is asked for."""
+LARGEST_TURNS = 4
+
+
+class Studio:
+    """Draws samples. Build one per process: what it caches (scaled sprites, open fonts) speeds up the next sample."""
+
+    def __init__(self, assets: Assets, side: int = 384) -> None:
+        """Prepare to draw.
+
+        Args:
+            assets: Fonts, emoji and words.
+            side: The model's input size in pixels; pictures are about as large.
+        """
+        self._assets, self._side = assets, side
+        self._painter = Painter(Looks(Sprites(assets)), side)
+        self._writers = {
+            split: Writer(Scribe(assets, split), Phrases(assets.words, split), side) for split in get_args(Split)
+        }
+
+    def __reduce__(self) -> tuple[type["Studio"], tuple[Assets, int]]:
+        """Pickle without the caches: another process fills its own."""
+        return Studio, (self._assets, self._side)
+
+    def sample(self, seed: int, *, split: Split, task: str | None = None) -> Sample:
+        """Draw one sample: the same arguments give the same bytes in every process.
+
+        Args:
+            seed: Any whole number; each split has its own seeds.
+            split: `heldout` uses only fonts, words and wordings that `train` never uses, and asks one question.
+            task: One of `TASKS`; None draws one by `SHARES`.
+        """
+        rng = Random(f"fastvlm {split} {seed} {task}")
+        task = task or rng.choices(tuple(SHARES), tuple(SHARES.values()))[0]
+        while True:  # a scene that turned out not to answer its question clearly is drawn again
+            scene, target = self._stage(task, split, rng)
+            asked = ask(task, scene, split, rng, target)
+            if asked is not None:
+                break
+        smallest = min((min(thing.size[0], thing.size[1]) for thing in scene.things), default=1.0)
+        image = degrade(scene.image, rng, gentle=smallest < 0.06)
+        turns = [asked[0]]
+        if split == "train":
+            turns += [turn for turn, _ in _more(task, scene, rng)]
+        return Sample(image=image, turns=tuple(turns), task=task, facts=asked[1])
+
+    def _stage(self, task: str, split: Split, rng: Random) -> tuple[Scene, Subject | None]:
+        """Draw a scene that suits the task, and say what to ask about (None: anything)."""
+        roll = rng.random()
+        if task == "counting":
+            scene, target = self._painter.counting_scene(rng, rng.randint(0, LARGEST_COUNT))
+            return scene, target or absent(scene, rng)
+        if task == "reading" or (task in {"description", "yes_no", "place", "colour"} and roll < 0.14):
+            return self._writers[split].scene(rng, is_small=task == "place"), None
+        if task == "emoji" or (task in {"description", "yes_no", "place"} and roll < 0.34):
+            return self._painter.portrait_scene(rng, is_small=task == "place"), None
+        if task == "place":
+            return self._painter.placed_scene(rng)
+        if task == "colour":
+            return self._painter.coloured_scene(rng), None
+        return self._painter.mixed_scene(rng), None
+
+
+def _more(task: str, scene: Scene, rng: Random) -> list[Asked]:
+    """Further questions about the same picture: training gets more out of each drawing."""
+    amount = rng.choice((0, 1, 2, 3, 3))
+    found: list[Asked] = []
+    others = [other for other in TASKS if other != task or task in {"counting", "yes_no"}]
+    rng.shuffle(others)
+    for other in others:
+        if len(found) == amount:
+            break
+        asked = ask(other, scene, "train", rng)
+        if asked is not None:
+            found.append(asked)
+    return found
