@@ -1,17 +1,18 @@
 """From named tensors to modules: geometry out of the shapes, strict, and one tensor at a time."""
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastvlm.checkpoint.translate import Parts
 from fastvlm.config import Fit, VisionConfig
 from fastvlm.errors import CheckpointError, ConfigError
 
+Module = TypeVar("Module", bound=nn.Module)
 BATCH_NORM_DTYPE: Final = torch.float32
-_NORM_ENDINGS: Final = (".running_mean", ".running_var")
 
 
 def vision_config(parts: Parts, *, image_size: int, fit: Fit) -> VisionConfig:
@@ -49,14 +50,31 @@ def _is_block(parts: Parts, stage: str, block: str) -> bool:
     return block.isdecimal() and f"vision.stages.{stage}.blocks.{block}.mlp.fc2.weight" in parts.sources
 
 
+class _SkipInit(TorchFunctionMode):
+    """Leaves fresh parameters as they are: on the meta device a random number imports a compiler, for a second."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def shapes_only(make: Callable[[], Module]) -> Module:
+    """Build a module on the meta device: names and shapes, no memory."""
+    with torch.device("meta"), _SkipInit():
+        return make()
+
+
 def build(
-    make: Callable[[], nn.Module],
+    make: Callable[[], Module],
     parts: Parts,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    without: tuple[str, ...] = (),
-) -> nn.Module:
+) -> Module:
     """Build a module without weights, check every tensor's name and shape, then put the tensors in.
 
     Args:
@@ -64,22 +82,20 @@ def build(
         parts: The tensors under the names of the module's parameters.
         dtype: What to convert to; None keeps each tensor as stored. BatchNorm stays in float32 when that is wider.
         device: Where the tensors go.
-        without: Prefixes of parameters that another step fills in.
 
     Raises:
         CheckpointError: A tensor is missing, left over, or of another shape.
     """
-    with torch.device("meta"):
-        module = make()
-    expected = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(without or ("\0",))}
+    module = shapes_only(make)
+    expected = module.state_dict()
     _check(parts, expected)
     norms = norm_tensors(module)
     state: dict[str, Tensor] = {}
     for name in expected:
         target = norm_dtype(dtype) if name in norms else dtype
         state[name] = _take(parts, name, target, device)
-    module.load_state_dict(state, strict=not without, assign=True)
-    return module.requires_grad_(True).eval()
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval()
 
 
 def _take(parts: Parts, name: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
@@ -98,7 +114,7 @@ def _take(parts: Parts, name: str, dtype: torch.dtype | None, device: torch.devi
 
 def _is_finite(tensor: Tensor) -> bool:
     # One pass without a mask of the tensor's size; a sum that overflows is looked at closely.
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def norm_dtype(dtype: torch.dtype | None) -> torch.dtype | None:

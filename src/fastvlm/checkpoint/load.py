@@ -3,13 +3,13 @@
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
 
 from fastvlm.checkpoint import apple, huggingface, mlx, timm
-from fastvlm.checkpoint.build import build, vision_config
+from fastvlm.checkpoint.build import build, shapes_only, vision_config
 from fastvlm.checkpoint.foreign import language_config, section
 from fastvlm.checkpoint.reading import Weights, licence_files, opened, read_json
 from fastvlm.checkpoint.translate import Parts, plain_source, translate
@@ -88,7 +88,7 @@ def load(
         config = _config(parts, text, raw, origin, layout=layout, settings=settings)
         tokenizer = Tokenizer.load(tokenizer_place)
         config = replace(config, image_token_id=_image_token_id(tokenizer, config, raw, origin, layout=layout))
-        model = cast(FastVLM, build(lambda: FastVLM(config), parts, dtype=dtype, device=device))
+        model = build(lambda: FastVLM(config), parts, dtype=dtype, device=device)
         licences = {file.name: file.read_bytes() for file in licence_files(place)}
     return Checkpoint(model, tokenizer, layout, path, weights.fingerprint(), licences)
 
@@ -108,7 +108,7 @@ def load_encoder(path: str | Path, *, image_size: int | None = None, dtype: torc
     size, fit = settings or (_ENCODER_SIZE, "pad")
     config = vision_config(parts, image_size=image_size or size, fit=fit)
     encoder = Parts(parts.origin, {name.removeprefix("vision."): source for name, source in parts.sources.items()})
-    return cast(FastViTHD, build(lambda: FastViTHD(config), encoder, dtype=dtype))
+    return build(lambda: FastViTHD(config), encoder, dtype=dtype)
 
 
 def load_language(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Qwen2, LanguageConfig, Tokenizer]:
@@ -122,7 +122,7 @@ def load_language(path: str | Path, *, dtype: torch.dtype | None = None) -> tupl
     text = _take_language(parts, folder)
     config = _language_config(parts, text, str(folder / "config.json"))
     named = Parts(parts.origin, {name.removeprefix("language."): source for name, source in parts.sources.items()})
-    model = cast(Qwen2, build(lambda: Qwen2(config), named, dtype=dtype))
+    model = build(lambda: Qwen2(config), named, dtype=dtype)
     tokenizer = Tokenizer.load(folder)
     _check_rows(tokenizer, config)
     return model, config, tokenizer
@@ -345,8 +345,7 @@ def assemble(encoder: FastViTHD, language: Qwen2, tokenizer: Tokenizer, *, image
         config = Config(vision=vision, projector=projector, language=language.config, image_token_id=tokenizer.image_id)
     except ConfigError as error:
         raise CheckpointError(f"the parts do not fit: {error}") from error
-    with torch.device("meta"):
-        model = FastVLM(config)
+    model = shapes_only(lambda: FastVLM(config))
     encoder.config = vision
     model.vision, model.language = encoder, language
     like = next(language.parameters())

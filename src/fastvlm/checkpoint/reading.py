@@ -9,18 +9,18 @@ import json
 import math
 import mmap
 import re
-import stat
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from fastvlm.checkpoint.archive import unpack
 from fastvlm.errors import CheckpointError
 
 DTYPES: Final = {
@@ -33,7 +33,6 @@ DTYPES: Final = {
 }
 MAX_HEADER_BYTES: Final = 100_000_000  # the format's own limit
 MAX_JSON_BYTES: Final = 64 * 2**20
-MAX_ARCHIVE_RATIO: Final = 20  # weights hardly shrink, so more is a bomb
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
 BESIDE: Final = (
@@ -42,9 +41,6 @@ BESIDE: Final = (
     "adapter_model.safetensors",
 )  # not the model itself
 LICENCES: Final = re.compile(r"(LICEN[CS]E|NOTICE|ACKNOWLEDGEMENT|README|COPYING|USE_POLICY|CHANGES)", re.IGNORECASE)
-_WANTED: Final = re.compile(
-    r"(.+\.safetensors(\.index\.json)?|[\w.-]*config\.json|tokenizer\.json|vocab\.json|merges\.txt|added_tokens\.json)"
-)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -267,59 +263,13 @@ def opened(path: Path) -> Iterator[Path]:
         return
     if not zipfile.is_zipfile(path):
         raise CheckpointError(_not_an_archive(path))
-    with tempfile.TemporaryDirectory(prefix="fastvlm-", ignore_cleanup_errors=True) as folder:
-        _unzip(path, Path(folder))
-        yield Path(folder)
+    with tempfile.TemporaryDirectory(prefix="fastvlm-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary) / "checkpoint"
+        unpack(path, folder)
+        yield folder
 
 
 def _not_an_archive(path: Path) -> str:
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         return f"{path} is a pickle, which could run code; convert it to .safetensors"
     return f"{path} is neither a folder, a .safetensors file nor a zip archive"
-
-
-def _unzip(path: Path, folder: Path) -> None:
-    """Unpack what a checkpoint needs, flat; other members are left alone, so none can lead elsewhere."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = _wanted_members(archive, path)
-            for name, member in members.items():
-                with archive.open(member) as source, (folder / name).open("wb") as target:
-                    _copy(source.read, target.write, member.file_size, f"{path}: {member.filename}")
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be unpacked: {error}") from error
-
-
-def _wanted_members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    infos = archive.infolist()
-    if len(infos) > 10_000:
-        raise CheckpointError(f"{path} has {len(infos)} members; a checkpoint has less than a hundred")
-    members: dict[str, zipfile.ZipInfo] = {}
-    roots = set()
-    for info in infos:
-        name = PurePosixPath(info.filename).name
-        is_link = stat.S_ISLNK(info.external_attr >> 16)
-        is_hidden = info.filename.startswith("__MACOSX") or name.startswith(".")
-        if info.is_dir() or is_link or is_hidden or not is_plain_name(name):
-            continue
-        if not _WANTED.fullmatch(name) and not LICENCES.match(name):
-            continue
-        if ".mlpackage" in info.filename:  # a Core ML model has files of its own
-            continue
-        if info.file_size > 2**20 and info.file_size > MAX_ARCHIVE_RATIO * max(info.compress_size, 1):
-            raise CheckpointError(f"{path}: {info.filename} would unpack to {info.file_size} bytes; refused as a bomb")
-        if name in members:
-            raise CheckpointError(f"{path} has two members called {name}; unpack it and name the folder")
-        members[name] = info
-        roots.add(PurePosixPath(info.filename).parent)
-    if "config.json" not in members:
-        raise CheckpointError(f"{path} has no config.json; is this a checkpoint?")
-    return members
-
-
-def _copy(read: Callable[[int], bytes], write: Callable[[bytes], int], size: int, origin: str) -> None:
-    while chunk := read(2**20):
-        size -= len(chunk)
-        if size < 0:
-            raise CheckpointError(f"{origin} is longer than the archive says")
-        write(chunk)

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from fastvlm.prompt import Tokenizer, chat_template
 
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 MAX_SHARD_BYTES: Final = 5 * 10**9
+CLIP_HEAD: Final = "vision.head.proj"
 MAX_LENGTH: Final = 8192  # of a conversation, as Apple trains
 
 
@@ -68,17 +69,28 @@ def save(  # noqa: PLR0913  (what goes into a folder)
         CheckpointError: The model is folded for inference, or the folder is there and not empty.
     """
     entries = tensor_entries(model, dtype)
-    config = _with_image_row(model.config, entries)
     with new_folder(folder, overwrite=overwrite) as place:
-        head = entries.pop("vision.head.proj", None)
-        stored = {huggingface.to_huggingface(name): entry for name, entry in entries.items()}
-        write_weights(place, stored, max_shard_bytes)
-        if head is not None:
-            write_tensors(place / huggingface.CLIP_HEAD, {"head.proj": head})
-        _write_settings(place, config, tokenizer, main_dtype(entries))
+        write_folder(place, entries, model.config, tokenizer, max_shard_bytes=max_shard_bytes)
         for name, content in (extra or {}).items():
             (place / name).write_bytes(content)
     return Path(folder)
+
+
+def write_folder(
+    place: Path,
+    entries: dict[str, Entry],
+    config: Config,
+    tokenizer: Tokenizer,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write tensors under our names, and all settings, into an empty folder."""
+    config, entries = _with_image_row(config, entries)
+    stored = {huggingface.to_huggingface(name): entry for name, entry in entries.items() if name != CLIP_HEAD}
+    write_weights(place, stored, max_shard_bytes)
+    if CLIP_HEAD in entries:
+        write_tensors(place / huggingface.CLIP_HEAD, {CLIP_HEAD.removeprefix("vision."): entries[CLIP_HEAD]})
+    _write_settings(place, config, tokenizer, main_dtype(entries))
 
 
 def tensor_entries(model: FastVLM, dtype: torch.dtype | None) -> dict[str, Entry]:
@@ -105,18 +117,14 @@ def _entry(tensor: Tensor, dtype: torch.dtype) -> Entry:
     return Entry(tuple(tensor.shape), dtype, lambda: tensor.detach().to("cpu", dtype))
 
 
-def _with_image_row(config: Config, entries: dict[str, Entry]) -> Config:
+def _with_image_row(config: Config, entries: dict[str, Entry]) -> tuple[Config, dict[str, Entry]]:
     """Give `<image>` a row when it lies past the table: transformers looks every id up before it merges."""
-    language = config.language
-    rows = config.image_token_id + 1
+    language, rows = config.language, config.image_token_id + 1
     if rows <= language.vocab_size:
-        return config
-    for name in ("language.embed_tokens.weight", "language.lm_head.weight"):
-        if name in entries:
-            entries[name] = _padded(entries[name], rows)
-    values = config.to_dict()
-    values["language"]["vocab_size"] = rows
-    return Config.from_dict(values)
+        return config, entries
+    tables = ("language.embed_tokens.weight", "language.lm_head.weight")
+    padded = {name: _padded(entries[name], rows) for name in tables if name in entries}
+    return replace(config, language=replace(language, vocab_size=rows)), entries | padded
 
 
 def _padded(entry: Entry, rows: int) -> Entry:
@@ -141,18 +149,20 @@ def _write_settings(place: Path, config: Config, tokenizer: Tokenizer, dtype: to
     write_json(place / "config.json", model_config)
     write_json(place / "preprocessor_config.json", huggingface.preprocessor_config(config))
     write_json(place / "processor_config.json", huggingface.processor_config(config))
-    write_json(place / "generation_config.json", generation_config(tokenizer, config.language.vocab_size))
+    write_generation_config(place, tokenizer, config.language.vocab_size)
 
 
-def generation_config(tokenizer: Tokenizer, num_rows: int) -> dict[str, Any]:
-    """Greedy, both stop tokens, and nothing that the tokenizer does not know."""
-    return {
+def write_generation_config(place: Path, tokenizer: Tokenizer, num_rows: int) -> None:
+    """Say: greedy, both stop tokens, and nothing that the tokenizer does not know."""
+    values = {
         "bos_token_id": tokenizer.end_of_text_id,
         "do_sample": False,
         "eos_token_id": list(tokenizer.stop_ids),
         "pad_token_id": tokenizer.end_of_text_id,
         "suppress_tokens": tokenizer.never_chosen(num_rows),
     }
+    # One line: a small tokenizer on a large table suppresses a hundred thousand ids.
+    (place / "generation_config.json").write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -160,16 +170,18 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_weights(place: Path, entries: Mapping[str, Entry], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write `model.safetensors`, or shards and their index."""
+def write_weights(
+    place: Path, entries: Mapping[str, Entry], max_shard_bytes: int = MAX_SHARD_BYTES, *, kind: str = "pt"
+) -> None:
+    """Write `model.safetensors`, or shards and their index; `kind` says whose order of axes it is."""
     shards = list(_shards(entries, max_shard_bytes))
     if len(shards) == 1:
-        write_tensors(place / SINGLE, shards[0])
+        write_tensors(place / SINGLE, shards[0], kind=kind)
         return
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(place / file, shard)
+        write_tensors(place / file, shard, kind=kind)
         places |= dict.fromkeys(shard, file)
     total = sum(entry.num_bytes for entry in entries.values())
     write_json(place / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
@@ -185,11 +197,11 @@ def _shards(entries: Mapping[str, Entry], max_bytes: int) -> Iterator[dict[str, 
     yield shard
 
 
-def write_tensors(path: Path, entries: Mapping[str, Entry]) -> None:
+def write_tensors(path: Path, entries: Mapping[str, Entry], *, kind: str = "pt") -> None:
     """Write one safetensors file, a tensor at a time; the same tensors give the same bytes."""
     # Wide dtypes first, so that every tensor is aligned.
     names = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": kind}}
     position = 0
     for name in names:
         entry = entries[name]

@@ -1,0 +1,70 @@
+"""A checkpoint of random weights: what benchmarks run on when the real ones are not at hand."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastvlm.checkpoint.build import shapes_only
+from fastvlm.checkpoint.save import Entry, new_folder, tensor_entries, write_folder
+from fastvlm.config import PRESETS
+from fastvlm.errors import CheckpointError
+from fastvlm.model.fastvlm import FastVLM
+from fastvlm.model.initialise import initial_values
+from fastvlm.prompt import Tokenizer
+
+
+def init_checkpoint(  # noqa: PLR0913
+    preset: str,
+    seed: int,
+    out: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    overwrite: bool = False,
+) -> Path:
+    """Write a folder of random weights, drawn and written one tensor at a time.
+
+    Args:
+        preset: A name of `config.PRESETS`.
+        seed: Draws the weights.
+        out: The folder.
+        tokenizer: None takes nano's; the rows past it are never chosen.
+        dtype: Of the weights; BatchNorm stays in float32.
+        overwrite: Replace a folder that is there.
+
+    Raises:
+        CheckpointError: There is no such preset, or the folder is there and not empty.
+    """
+    if preset not in PRESETS:
+        raise CheckpointError(f"there is no preset {preset!r}; expected one of {', '.join(PRESETS)}")
+    tokenizer = tokenizer or nano_tokenizer()
+    config = replace(PRESETS[preset], image_token_id=tokenizer.image_id)
+    if tokenizer.vocab_size > config.language.vocab_size:
+        rows = config.language.vocab_size
+        raise CheckpointError(f"{tokenizer.origin} has {tokenizer.vocab_size} ids, {preset} has {rows} rows")
+    model = shapes_only(lambda: FastVLM(config))
+    draws = initial_values(model, seed)
+    entries = {
+        name: Entry(entry.shape, entry.dtype, _converted(draws[name], entry.dtype))
+        for name, entry in tensor_entries(model, dtype).items()
+    }
+    with new_folder(out, overwrite=overwrite) as place:
+        write_folder(place, entries, config, tokenizer)
+    return Path(out)
+
+
+def nano_tokenizer() -> Tokenizer:
+    """The tokenizer that ships with the package.
+
+    Raises:
+        CheckpointError: The package was built without it.
+    """
+    return Tokenizer.load(Path(str(resources.files("fastvlm"))) / "assets" / "nano")
+
+
+def _converted(draw: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: draw().to(dtype)
