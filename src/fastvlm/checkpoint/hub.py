@@ -48,9 +48,13 @@ def pull_repository(repository: str, *, show_progress: bool = True) -> Path:
     bar = {} if show_progress else {"tqdm_class": _NoBar}
     try:
         folder = Path(_snapshot(repo_id, revision or None, **bar))
+        try:
+            check_folder(folder)
+        except CheckpointError:  # damaged in the cache, which the hub's client does not notice: once more from scratch
+            folder = Path(_snapshot(repo_id, revision or None, force_download=True, **bar))
+            check_folder(folder)
     except (OSError, ValueError, httpx2.HTTPError) as error:
         raise DownloadError(f"{repository}: {_reason(error)}") from error
-    check_folder(folder)
     return folder
 
 
@@ -70,9 +74,11 @@ def _reason(error: Exception) -> str:
         case errors.RepositoryNotFoundError():
             return "the hub has no such repository, or it is private; check the name, or set HF_TOKEN"
         case errors.HfHubHTTPError():
-            return f"the hub answered {error.response.status_code}; try again later"
+            return f"the hub refused it (status {error.response.status_code}); look at the repository's page"
         case errors.HFValidationError():
             return "not a repository's name, expected owner/name"
+        case errors.LocalEntryNotFoundError(__cause__=errors.HfHubHTTPError() as cause):
+            return _reason(cause)
         case errors.LocalEntryNotFoundError() if huggingface_hub.constants.HF_HUB_OFFLINE:
             return "not in the local cache, and HF_HUB_OFFLINE is set; unset it to download"
         case errors.LocalEntryNotFoundError() | httpx2.HTTPError():

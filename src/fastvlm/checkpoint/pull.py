@@ -67,10 +67,10 @@ def _pull(url: str, archive: Path, folder: Path, notice: str, progress: Progress
         sha256 = _digest(archive)
     else:
         sha256 = download(url, archive, progress=_with_space_check(archive, progress))
+    unpacked = archive.with_name(folder.name)
+    shutil.rmtree(unpacked, ignore_errors=True)
     try:
         _compare(root, archive.name, sha256, url)
-        unpacked = archive.with_name(folder.name)
-        shutil.rmtree(unpacked, ignore_errors=True)
         unpack(archive, unpacked)
         if not (unpacked / "config.json").is_file():
             raise CheckpointError(f"{archive}: no config.json inside, so not a model; is {url} the right address?")
@@ -79,8 +79,10 @@ def _pull(url: str, archive: Path, folder: Path, notice: str, progress: Progress
         _record(root, archive, sha256, url)
         unpacked.replace(folder)
     except FastVLMError:
-        archive.unlink()  # it is of no use, and the next pull shall not resume it
+        archive.unlink()  # it is of no use, and shall not be taken for a finished download next time
         raise
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
     archive.unlink()
 
 
