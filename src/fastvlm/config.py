@@ -195,7 +195,7 @@ PRESETS: dict[str, Config] = {
     },
     "nano": Config(
         vision=VisionConfig(
-            image_size=256, depths=(1, 2, 4, 2, 1), dims=(32, 64, 128, 256, 512), is_reparameterised=False
+            image_size=384, depths=(1, 2, 4, 2, 1), dims=(32, 64, 128, 256, 512), is_reparameterised=False
         ),
         projector=ProjectorConfig(in_dim=1024, out_dim=192),
         language=LanguageConfig(
@@ -203,7 +203,7 @@ PRESETS: dict[str, Config] = {
             num_layers=4,
             num_heads=6,
             num_kv_heads=2,
-            mlp_dim=512,
+            mlp_dim=416,
             vocab_size=1024,
             tied=True,
             max_positions=2048,

@@ -1,13 +1,14 @@
 """The whole model: encode pictures, embed tokens, merge the two, read the sentence.
 
-Letters: `P` images, `H, W` pixels, `N` positions, `C` channels of vision, `B` rows, `T` tokens, `D` width, `V` vocabulary.
+Letters: `P` images, `H, W` pixels, `N` positions, `C` channels of vision, `B` rows, `T` tokens, `D` width of language,
+`V` vocabulary.
 """
 
 from torch import Tensor, nn
 
 from fastvlm.config import Config
 from fastvlm.model.language import Qwen2
-from fastvlm.model.merge import merge
+from fastvlm.model.merge import merge, scatter
 from fastvlm.model.projector import Projector
 from fastvlm.model.vision import LAYER_SCALE, FastViTHD
 
@@ -35,14 +36,22 @@ class FastVLM(nn.Module):
         Raises:
             InputError: The prompt has more or fewer placeholders than the images need.
         """
-        is_image = token_ids == self.config.image_token_id
-        # A tokenizer without `<image>` has no row for it, so the lookup must not see the placeholder.
-        text_embeds = self.language.embed(token_ids.masked_fill(is_image, 0))
+        text_embeds, is_image = self._embed_text(token_ids)
         if image_embeds is None:
             image_embeds = text_embeds.new_zeros(0, text_embeds.shape[-1])
         return merge(text_embeds, image_embeds, is_image)
 
     def forward(self, token_ids: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """Return all logits `(B, T, V)` for token ids `(B, T)` and pixels `(P, 3, H, W)`: what training needs."""
-        image_embeds = None if pixels is None else self.encode(pixels)
-        return self.language.head(self.language(self.embed(token_ids, image_embeds)))
+        """Return all logits `(B, T, V)` for token ids `(B, T)` and pixels `(P, 3, H, W)`: what training needs.
+
+        The caller has seen to it that there is a placeholder for each image embedding.
+        """
+        embeds, is_image = self._embed_text(token_ids)
+        if pixels is not None:
+            embeds = scatter(embeds, self.encode(pixels), is_image)
+        return self.language.head(self.language(embeds))
+
+    def _embed_text(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        is_image = token_ids == self.config.image_token_id
+        # A tokenizer without `<image>` has no row for it, so the lookup must not see the placeholder.
+        return self.language.embed(token_ids.masked_fill(is_image, 0)), is_image

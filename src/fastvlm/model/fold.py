@@ -1,7 +1,7 @@
 """From parallel branches and BatchNorm to one convolution, exactly.
 
-Two steps. `reparameterise` merges the branches of the training form; its result can be saved. `for_inference` also folds
-what the released checkpoints leave: the BatchNorm of each ConvFFN and every layer scale.
+Two steps. `reparameterise` merges the branches of the training form; its result can be saved. `for_inference` also
+folds what the released checkpoints leave: the BatchNorm of each ConvFFN and every layer scale.
 
 Folding a BatchNorm: y = (x - mean) / sqrt(var + eps) * weight + bias is linear in x, so it scales the kernel before it
 (arXiv 2206.04040, 3.1). All sums are made in float64 and rounded once.

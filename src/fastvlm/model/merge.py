@@ -23,4 +23,9 @@ def merge(text_embeds: Tensor, image_embeds: Tensor, is_image: Tensor) -> Tensor
     num_vectors = image_embeds.shape[:-1].numel()
     if num_slots != num_vectors:
         raise InputError(f"the prompt has {num_slots} image placeholders, the images make {num_vectors}")
+    return scatter(text_embeds, image_embeds, is_image)
+
+
+def scatter(text_embeds: Tensor, image_embeds: Tensor, is_image: Tensor) -> Tensor:
+    """Do what `merge` does without counting, which waits for the device; training counts in `collate`."""
     return text_embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds.to(text_embeds.dtype))

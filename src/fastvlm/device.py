@@ -1,0 +1,123 @@
+"""Pick the device and the number format, seed, synchronise, measure memory."""
+
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastvlm.errors import DeviceError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a model runs and in which format its weights are."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """`float32`, `bfloat16` or `float16`."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def place(device: str = "auto", dtype: str = "auto") -> Placement:
+    """Resolve a device and a dtype as the command line names them.
+
+    `auto` takes CUDA, then MPS, then the CPU; and bfloat16 wherever the hardware multiplies it, float32 elsewhere
+    (the encoder overflows float16 at 1024 pixels).
+
+    Raises:
+        DeviceError: The device or the dtype is unknown, or not here.
+    """
+    resolved = _device(device)
+    if dtype == "auto":
+        return Placement(device=resolved, dtype=torch.bfloat16 if has_fast_bfloat16(resolved) else torch.float32)
+    if dtype not in DTYPES:
+        raise DeviceError(f"dtype {dtype!r} is unknown; expected auto, {', '.join(DTYPES)}")
+    if dtype == "float16" and resolved.type == "cpu":
+        raise DeviceError("dtype 'float16' overflows in the encoder and is slow on the CPU; use bfloat16 or float32")
+    return Placement(device=resolved, dtype=DTYPES[dtype])
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"device {name!r} is not here: PyTorch sees no CUDA GPU; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device {name!r} is not here: there are {torch.cuda.device_count()} CUDA GPUs")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError(f"device {name!r} is not here: PyTorch sees no Apple GPU; use --device cpu")
+    if device.type not in {"cpu", "cuda", "mps"}:
+        raise DeviceError(f"device {name!r} is not supported; expected auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "mps":
+        return True
+    return bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
+
+
+def cpu_flags() -> set[str]:
+    """What the processor can do, by Linux's names; empty where that cannot be read."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return set()
+    for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith(("flags", "Features")):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def describe(device: torch.device) -> str:
+    """Name the hardware behind a device, for reports."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU ({platform.machine()})"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory that this process has held; None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def flush_denormals() -> Iterator[None]:
+    """Let the CPU take numbers below 1e-38 as zero: an encoder in float32 is ten times slower with them."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)

@@ -1,0 +1,388 @@
+"""Ask a model about pictures: `fastvlm.load()` returns the Predictor that lives here.
+
+Letters: `P` images, `N` positions of an image, `C` channels of vision, `D` width of language.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastvlm.checkpoint.load import load as load_checkpoint
+from fastvlm.checkpoint.zoo import resolve
+from fastvlm.config import Config
+from fastvlm.device import Placement, describe, place, synchronize
+from fastvlm.errors import InputError
+from fastvlm.generate import (
+    FinishReason,
+    continue_rows,
+    embed_rows,
+    limit,
+    new_cache,
+    prefill_in_chunks,
+    search,
+)
+from fastvlm.image import read, to_pixels
+from fastvlm.model import fold
+from fastvlm.model.cache import KVCache
+from fastvlm.model.fastvlm import FastVLM
+from fastvlm.options import GenerationOptions, ImageOptions
+from fastvlm.prompt import Message, Tokenizer, system, tokenize, tokenize_follow_up, user
+
+ImageSource = str | Path | bytes | BinaryIO | Image.Image
+"""A path, the bytes of a file, an open file, or a picture that is already read."""
+
+_ROOM = 1024  # positions that a chat's cache grows by
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Milliseconds of each part; `ttft` runs from the call to the first token's id, the model being loaded."""
+
+    load: float
+    preprocess: float
+    encode: float
+    prefill: float
+    ttft: float
+    decode: float
+    total: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model said, and how."""
+
+    text: str
+    token_ids: list[int]
+    """As generated, without the final stop token."""
+    finish_reason: FinishReason
+    prompt_tokens: int
+    """Positions that the prompt takes, image embeddings included."""
+    image_tokens: int
+    completion_tokens: int
+    timings_ms: Timings
+    model: str
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFeatures:
+    """What the encoder makes of one picture."""
+
+    features: Tensor
+    """Before the projector, `(N, C)`."""
+    image_embeds: Tensor
+    """After the projector, what the language model reads, `(N, D)`; not comparable with text embeddings."""
+    clip_embedding: Tensor | None
+    """Pooled CLIP embedding, `(clip_dim,)`, where the checkpoint kept its head."""
+
+
+class AnswerStream(Iterator[str]):
+    """Pieces of an answer as they are written; `answer` is there when the last one came."""
+
+    def __init__(self, pieces: Iterator[str | Answer]) -> None:
+        self._pieces = pieces
+        self.answer: Answer | None = None
+
+    def __next__(self) -> str:
+        """The next piece of text, whole characters only."""
+        for piece in self._pieces:
+            if isinstance(piece, Answer):
+                self.answer = piece
+                break
+            return piece
+        raise StopIteration
+
+    def finish(self) -> Answer:
+        """Read to the end and return the whole answer."""
+        for _ in self:
+            pass
+        assert self.answer is not None
+        return self.answer
+
+
+class _Clock:
+    """Milliseconds since the call, read when the device has caught up."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.start = device, time.perf_counter()
+        self.last = self.start
+
+    def lap(self) -> float:
+        synchronize(self.device)
+        before, self.last = self.last, time.perf_counter()
+        return 1000 * (self.last - before)
+
+    def total(self) -> float:
+        return 1000 * (time.perf_counter() - self.start)
+
+
+class Predictor:
+    """A loaded model, ready to be asked."""
+
+    def __init__(
+        self, model: FastVLM, tokenizer: Tokenizer, placement: Placement, *, name: str = "", load_ms: float = 0.0
+    ) -> None:
+        """Take a model in its stored form; it is folded for inference and moved to its place."""
+        self.model = fold.for_inference(model)
+        self.model.to(placement.device, placement.dtype)
+        self.model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.tokenizer, self.placement, self.name, self.load_ms = tokenizer, placement, name, load_ms
+
+    @property
+    def config(self) -> Config:
+        """What the model is."""
+        return self.model.config
+
+    def ask(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        system_prompt: str | None = None,
+        options: GenerationOptions | None = None,
+        image_options: ImageOptions | None = None,
+    ) -> Answer:
+        """Answer one question about any number of pictures.
+
+        Args:
+            prompt: The question; it is plain text, whatever it holds.
+            images: Pictures in the order in which the question means them.
+            system_prompt: Instead of "You are a helpful assistant."
+            options: How to write; greedy by default.
+            image_options: How pictures are read and made square.
+
+        Raises:
+            InputError: A picture cannot be used.
+            ContextError: Prompt and pictures do not fit the context.
+        """
+        stream = self.stream(prompt, images, system_prompt=system_prompt, options=options, image_options=image_options)
+        return stream.finish()
+
+    def stream(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        system_prompt: str | None = None,
+        options: GenerationOptions | None = None,
+        image_options: ImageOptions | None = None,
+    ) -> AnswerStream:
+        """Do what `ask` does, piece by piece."""
+        chat = self.chat(system_prompt=system_prompt, options=options, image_options=image_options)
+        return chat.stream(prompt, images)
+
+    def chat(
+        self,
+        *,
+        system_prompt: str | None = None,
+        options: GenerationOptions | None = None,
+        image_options: ImageOptions | None = None,
+    ) -> "Chat":
+        """Begin a conversation, in which each picture is encoded once and the cache is kept from turn to turn."""
+        return Chat(self, system_prompt, options or GenerationOptions(), image_options or ImageOptions())
+
+    @torch.inference_mode()
+    def encode_image(self, image: ImageSource, *, image_options: ImageOptions | None = None) -> ImageFeatures:
+        """Encode one picture; return features, image embeddings and the CLIP embedding."""
+        pixels = self.pixels(image, image_options or ImageOptions())
+        features = self.model.vision(pixels.to(self.placement.device, self.placement.dtype))
+        clip = self.model.vision.embed(features)
+        return ImageFeatures(
+            features=features[0],
+            image_embeds=self.model.projector(features)[0],
+            clip_embedding=None if clip is None else clip[0],
+        )
+
+    def pixels(self, image: ImageSource, options: ImageOptions) -> Tensor:
+        """Read a picture and make it the square that the encoder sees, `(1, 3, H, W)` in [0, 1]."""
+        vision = self.config.vision
+        size = options.image_size or vision.image_size
+        if size % vision.stride:
+            raise InputError(f"image_size must be a multiple of {vision.stride}, got {size}")
+        if not isinstance(image, Image.Image):
+            image = read(image, max_pixels=options.max_pixels, exif=options.exif, alpha=options.alpha)
+        return to_pixels(image.convert("RGB"), size=size, fit=options.fit or vision.fit)
+
+    def describe(self) -> str:
+        """Name the hardware that the model runs on."""
+        return describe(self.placement.device)
+
+
+class Chat:
+    """A conversation: what was read stays in the cache, and a turn adds only what is new."""
+
+    def __init__(
+        self, predictor: Predictor, system_prompt: str | None, options: GenerationOptions, image_options: ImageOptions
+    ) -> None:
+        self.predictor, self.options, self.image_options = predictor, options, image_options
+        self._system = [] if system_prompt is None else [system(system_prompt)]
+        self._cache: KVCache | None = None
+        self._pending: list[int] = []  # chosen or implied by the last turn, but not in the cache
+        self._token_ids: list[int] = []
+
+    def ask(self, prompt: str, images: Sequence[ImageSource] = ()) -> Answer:
+        """Take the next turn; return the whole answer."""
+        return self.stream(prompt, images).finish()
+
+    def stream(self, prompt: str, images: Sequence[ImageSource] = ()) -> AnswerStream:
+        """Take the next turn, piece by piece.
+
+        Raises:
+            InputError: A picture cannot be used; the conversation is as it was.
+            ContextError: The conversation does not fit the context; it is as it was.
+        """
+        return AnswerStream(self._turn(prompt, images))
+
+    @torch.inference_mode()
+    def _turn(self, prompt: str, images: Sequence[ImageSource]) -> Iterator[str | Answer]:
+        predictor = self.predictor
+        model, tokenizer, device = predictor.model, predictor.tokenizer, predictor.placement.device
+        clock = _Clock(device)
+        pixels = [predictor.pixels(image, self.image_options) for image in images]
+        preprocess_ms = clock.lap()
+        counts = [self._num_tokens(square) for square in pixels]
+        prompt_ids = self._read(user(prompt, len(images)), counts)
+        num_read = len(prompt_ids) + (self._cache.lengths[0] if self._cache else 0)
+        num_new = limit(self.options, num_read, predictor.config.language.max_positions)
+
+        embeds = [model.encode(_to(batch, predictor.placement)) for batch in _batches(pixels)]  # each (P, N, D)
+        image_embeds = torch.cat([x.flatten(0, 1) for x in embeds]) if embeds else None
+        encode_ms = clock.lap()
+        merged = embed_rows(model, tokenizer, [prompt_ids], image_embeds)
+        self._token_ids = [*self._token_ids, *prompt_ids]
+        options = replace(self.options, max_new_tokens=num_new)
+        if options.num_beams > 1:
+            if self._cache is not None:
+                raise InputError("beams do not go with a chat's second turn; use num_beams 1")
+            found = search(model, tokenizer, merged, prompt_ids, options, num_new)
+            timings = self._timings(clock, preprocess_ms, encode_ms, 0.0, clock.total())
+            yield found.text
+            yield self._answer(found.text, found.token_ids, found.finish_reason, num_read, sum(counts), timings)
+            return
+        self._grow(num_read + num_new)
+        assert self._cache is not None
+        logits = prefill_in_chunks(model, merged, self._cache)
+        prefill_ms, ttft_ms = 0.0, 0.0
+        texts: list[str] = []
+        token_ids: list[int] = []
+        reason: FinishReason = "length"
+        for (chunk,) in continue_rows(model, tokenizer, logits, self._cache, [self._token_ids], options):
+            assert chunk is not None
+            if not prefill_ms:
+                prefill_ms = clock.lap()
+                ttft_ms = clock.total()
+            texts.append(chunk.text)
+            if chunk.token_id is not None:
+                token_ids.append(chunk.token_id)
+            reason = chunk.finish_reason or reason
+            # What the cache lacks of this answer, should the reader stop here: its last token and its end.
+            self._pending = [*token_ids[self._cache.lengths[0] - num_read :], tokenizer.im_end_id]
+            if chunk.text:
+                yield chunk.text
+        self._token_ids += token_ids
+        timings = self._timings(clock, preprocess_ms, encode_ms, prefill_ms, ttft_ms)
+        yield self._answer("".join(texts), token_ids, reason, num_read, sum(counts), timings)
+
+    def _read(self, message: Message, counts: Sequence[int]) -> list[int]:
+        """The ids that this turn adds to what the cache holds."""
+        tokenizer = self.predictor.tokenizer
+        if self._cache is None:
+            return tokenize([*self._system, message], tokenizer, counts).token_ids
+        return [*self._pending, *tokenize_follow_up(message, tokenizer, counts).token_ids]
+
+    def _num_tokens(self, pixels: Tensor) -> int:
+        height, width = self.predictor.model.vision.grid(pixels.shape)
+        return height * width
+
+    def _grow(self, capacity: int) -> None:
+        """See to it that the cache holds `capacity` positions; what it holds is kept."""
+        old = self._cache
+        if old is not None and old.capacity >= capacity:
+            return
+        cache = new_cache(self.predictor.model, 1, capacity + (_ROOM if old is not None else 0))
+        if old is not None:
+            length = old.lengths[0]
+            cache.keys[:, :, :, :length] = old.keys[:, :, :, :length]
+            cache.values[:, :, :, :length] = old.values[:, :, :, :length]
+            cache.lengths = [length]
+        self._cache = cache
+
+    def _timings(
+        self, clock: _Clock, preprocess_ms: float, encode_ms: float, prefill_ms: float, ttft_ms: float
+    ) -> Timings:
+        return Timings(
+            load=self.predictor.load_ms,
+            preprocess=preprocess_ms,
+            encode=encode_ms,
+            prefill=prefill_ms,
+            ttft=ttft_ms,
+            decode=clock.lap(),
+            total=clock.total(),
+        )
+
+    def _answer(  # noqa: PLR0913  (the fields that only this turn knows)
+        self,
+        text: str,
+        token_ids: list[int],
+        reason: FinishReason,
+        num_read: int,
+        num_image_tokens: int,
+        timings: Timings,
+    ) -> Answer:
+        placement = self.predictor.placement
+        return Answer(
+            text=text,
+            token_ids=token_ids,
+            finish_reason=reason,
+            prompt_tokens=num_read,
+            image_tokens=num_image_tokens,
+            completion_tokens=len(token_ids),
+            timings_ms=timings,
+            model=self.predictor.name,
+            device=str(placement.device),
+            dtype=placement.dtype_name,
+        )
+
+
+def _to(pixels: Tensor, placement: Placement) -> Tensor:
+    return pixels.to(placement.device, placement.dtype, memory_format=torch.channels_last)
+
+
+def _batches(pixels: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Pictures a few at a time, so that a long film does not fill the memory with activations."""
+    for start in range(0, len(pixels), 4):
+        yield torch.cat(list(pixels[start : start + 4]))
+
+
+def load(
+    name_or_folder: str | Path = "nano",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    vision: str | Path | None = None,
+) -> Predictor:
+    """Load a model: `nano`, a short name of the zoo, or a folder in any layout that we read.
+
+    Args:
+        name_or_folder: What to load.
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, bfloat16 or float16.
+        vision: A second folder with the vision encoder, for Apple's iOS bundles.
+
+    Raises:
+        CheckpointError: Nothing there that can be read, or weights missing, left over or misshapen.
+        DeviceError: The device or dtype is not here.
+    """
+    start = time.perf_counter()
+    placement = place(device, dtype)
+    folder = resolve(str(name_or_folder))
+    checkpoint = load_checkpoint(folder, vision=vision, dtype=placement.dtype)
+    load_ms = 1000 * (time.perf_counter() - start)
+    return Predictor(checkpoint.model, checkpoint.tokenizer, placement, name=str(name_or_folder), load_ms=load_ms)

@@ -1,0 +1,1 @@
+"""Learning: data, the step and the loop, recipes, state."""

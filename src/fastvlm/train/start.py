@@ -1,0 +1,45 @@
+"""Where a run starts: a fresh small model, or a checkpoint to go on from."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from fastvlm.config import PRESETS, Config
+from fastvlm.model.fastvlm import FastVLM
+from fastvlm.model.vision import PositionalEncoding
+from fastvlm.prompt import Tokenizer
+
+LAYER_SCALE = 0.1  # a shallow encoder from scratch learns faster with this than with FastViT's 1e-5
+
+
+def fresh_config(preset: str, tokenizer: Tokenizer, image_size: int | None = None) -> Config:
+    """Fit a preset to a tokenizer (rows rounded up to a multiple of 64) and, if given, to another picture size."""
+    config = PRESETS[preset]
+    rows = -(-(max(tokenizer.vocab_size, tokenizer.image_id) + 1) // 64) * 64
+    vision = config.vision if image_size is None else replace(config.vision, image_size=image_size)
+    language = replace(config.language, vocab_size=rows)
+    return replace(config, vision=vision, language=language, image_token_id=tokenizer.image_id)
+
+
+def fresh_model(config: Config, seed: int) -> FastVLM:
+    """Build a model with random weights, for learning from nothing.
+
+    Kernels and matrices are normal: depthwise ones by their fan-in, the language model's with 0.02 (arXiv 2407.10671).
+    """
+    torch.manual_seed(seed)
+    model = FastVLM(config, LAYER_SCALE)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            std = 0.02 if name.startswith("language") else (1.0 / module.weight.shape[1]) ** 0.5
+            nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, PositionalEncoding) and module.pos_enc is not None:
+            nn.init.normal_(module.pos_enc.weight, std=0.02)  # the skip carries the map at first
+    return model
