@@ -39,6 +39,7 @@ MAX_SIDE = 30_000
 
 _MAX_STREAM_BYTES = 1 << 29  # a pipe has no size to check: `yes | fastvlm predict --image -` must end
 _CHUNK_PIXELS = 1 << 22  # the largest black-padded piece held at once
+_STRIP_ASPECT = 8  # longer pictures are cropped piece by piece, shorter ones by Pillow in one go
 _MAX_RESIZED_SIDE = 1 << 20  # beyond it, Pillow's table of coefficients alone would take tens of megabytes
 
 _DECODER_ERRORS = (
@@ -222,18 +223,25 @@ def _pad(image: Image.Image, size: int) -> Image.Image:
 
 
 def _crop(image: Image.Image, size: int) -> Image.Image:
-    """What scaling the shorter side to `size` and cutting the middle gives, without the parts cut off."""
+    """What scaling the shorter side to `size` and cutting the middle gives; of a strip, without the parts cut off."""
     width, height = image.size
     short = min(width, height)
     out_width, out_height = (int(size * side / short) for side in (width, height))
-    if max(out_width, out_height) > _MAX_RESIZED_SIDE:
+    left, top = (out_width - size) // 2, (out_height - size) // 2
+    if max(out_width, out_height) <= _STRIP_ASPECT * size:
+        scaled = image.resize((out_width, out_height), Image.Resampling.BICUBIC)
+        return scaled.crop((left, top, left + size, top + size))
+    if max(out_width, out_height) > _MAX_RESIZED_SIDE:  # nobody can compute these exactly: within a step or two
         x, y = (width - short) / 2, (height - short) / 2
         return image.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + short, y + short))
-    left, top = (out_width - size) // 2, (out_height - size) // 2
+    columns, rows = (left, left + size), (top, top + size)
+    if height > width and height > out_height:  # the order is Pillow 13's, and decides the rounding
+        scaled = _scale_axis(image, 1, length=height, offset=0, out_length=out_height, window=rows)
+        return _scale_axis(scaled, 0, length=width, offset=0, out_length=out_width, window=columns)
     first, last = _sources(top, top + size, height, out_height)  # the other rows cannot be seen
-    rows = image if (first, last) == (0, height) else image.crop((0, first, width, last))
-    scaled = _scale_axis(rows, 0, length=width, offset=0, out_length=out_width, window=(left, left + size))
-    return _scale_axis(scaled, 1, length=height, offset=first, out_length=out_height, window=(top, top + size))
+    middle = image.crop((0, first, width, last))
+    scaled = _scale_axis(middle, 0, length=width, offset=0, out_length=out_width, window=columns)
+    return _scale_axis(scaled, 1, length=height, offset=first, out_length=out_height, window=rows)
 
 
 def _sources(first: int, last: int, length: int, out_length: int) -> tuple[int, int]:

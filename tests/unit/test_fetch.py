@@ -178,9 +178,6 @@ def fails(server, path, options=FAST):
     return text
 
 
-# --- read_url -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("path", ["/file", "/redirect/file", "/hops/2", "/file?query=1"])
 def test_a_file_is_read_and_redirects_followed(server, path):
     assert read_url(server.url + path, FAST) == BODY
@@ -306,8 +303,6 @@ def test_secrets_in_the_address_are_sent_but_not_shown(server, caplog):
     assert "hidden" not in str(caught.value)
 
 
-# --- addresses that are not public ----------------------------------------------------------------------------------
-
 STRICT = FetchOptions(allow_private=False, connect_timeout=1, total_timeout=3, max_redirects=3)
 
 
@@ -420,9 +415,6 @@ def test_a_proxy_of_the_environment_is_not_asked_when_strict(server, names, monk
     read_url(f"http://public.example:{server.server_port}/file", STRICT)
 
     assert dialled == [("93.184.215.14", server.server_port)]
-
-
-# --- download -------------------------------------------------------------------------------------------------------
 
 
 def left(folder):

@@ -1,11 +1,13 @@
 """Odd, hostile and damaged pictures: a right answer or one clear line."""
 
+import contextlib
 import io
 import os
 import random
 import struct
 import subprocess
 import sys
+import threading
 import tracemalloc
 import warnings
 import zlib
@@ -64,9 +66,6 @@ def naive(source, size, fit):
     return np.asarray(scaled.crop((left, top, left + size, top + size)))
 
 
-# --- shapes ---------------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=150, deadline=None)
 @given(
     width=st.integers(1, 400),
@@ -76,6 +75,23 @@ def naive(source, size, fit):
 )
 def test_any_shape_equals_the_whole_canvas_method(width, height, size, fit):
     source = picture(width, height)
+
+    values = image.resize(source, size=size, fit=fit)
+
+    np.testing.assert_array_equal(values, naive(source, size, fit))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    short=st.integers(1, 40),
+    aspect=st.floats(8, 60),
+    is_tall=st.booleans(),
+    size=st.integers(1, 80),
+    fit=st.sampled_from(["pad", "crop"]),
+)
+def test_any_strip_equals_the_whole_canvas_method(short, aspect, is_tall, size, fit):
+    long = int(short * aspect)
+    source = picture(short, long) if is_tall else picture(long, short)
 
     values = image.resize(source, size=size, fit=fit)
 
@@ -114,6 +130,16 @@ def test_extreme_shapes_give_a_square(shape, fit):
     assert values.shape == (128, 128, 3)
     if fit != "pad":
         assert (values == (200, 100, 50)).all()
+
+
+def test_a_crop_too_long_to_compute_takes_the_middle(monkeypatch):
+    monkeypatch.setattr(image, "_STRIP_ASPECT", 0)
+    monkeypatch.setattr(image, "_MAX_RESIZED_SIDE", 1)
+    source = Image.linear_gradient("L").resize((8, 256)).convert("RGB")
+
+    values = image.resize(source, size=64, fit="crop")
+
+    assert np.abs(values.astype(int) - naive(source, 64, "crop")).max() <= 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
@@ -159,9 +185,6 @@ def test_unknown_size_or_fit_raises(size, fit):
 def test_a_picture_that_is_not_rgb_is_refused():
     with pytest.raises(InputError, match="RGB"):
         image.resize(Image.new("L", (4, 4)), size=64, fit="pad")
-
-
-# --- formats and modes ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", SAVED)
@@ -347,6 +370,14 @@ def test_exif_orientation_is_applied_once(kind, orientation):
     assert 0x0112 not in turned.getexif()
 
 
+def test_the_first_picture_of_a_camera_pair_counts():
+    content = encode(picture(), "MPO", save_all=True, append_images=[picture().rotate(180)])
+
+    result = image.read(content)
+
+    assert result.tobytes() == image.read(encode(picture(), "JPEG")).tobytes()
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6])
 def test_exif_orientation_of_a_tiff_is_applied_once(orientation):
     content = encode(picture(48, 32), "TIFF", tiffinfo={0x0112: orientation})
@@ -356,9 +387,6 @@ def test_exif_orientation_of_a_tiff_is_applied_once(orientation):
 
     assert turned.size == upright.size
     assert turned.tobytes() == upright.tobytes()
-
-
-# --- hostile pictures -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -447,6 +475,27 @@ def test_pillows_own_limits_stay_as_they_are():
     image.read(encode(picture()))
 
     assert (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, warnings.filters[:]) == before
+
+
+def test_threads_may_read_at_once_and_leave_warnings_as_they_were():
+    good, bad = encode(picture(), "TIFF"), encode(picture(), "TIFF")[:-200]
+    before = warnings.filters[:]
+    sizes = []
+
+    def work():
+        for _ in range(20):
+            sizes.append(image.read(good).size)
+            with contextlib.suppress(InputError):
+                image.read(bad)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sizes == [(40, 30)] * 80
+    assert warnings.filters[:] == before
 
 
 def test_pillows_own_lower_limit_does_not_matter(monkeypatch):
@@ -606,9 +655,6 @@ def test_two_thousand_mutated_pictures_are_read_or_refused(capfd):
     fuzz(400, 2400, capfd)
 
 
-# --- sources --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "name", ["missing.png", "", "a\0b", "x" * 5000, "no/such/folder/x.png", "new\nline.png", "\ud800"]
 )
@@ -679,9 +725,6 @@ def test_an_endless_pipe_is_refused(monkeypatch):
 def test_a_stream_of_text_is_refused():
     with pytest.raises(InputError):
         image.read(io.StringIO("not bytes"))
-
-
-# --- frames ---------------------------------------------------------------------------------------------------------
 
 
 def shades(count):
