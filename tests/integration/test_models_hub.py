@@ -168,6 +168,13 @@ def test_what_was_pulled_is_found_by_each_name_without_a_network(run, hub):
     assert hub.asked == []
 
 
+def test_a_revision_of_a_repository_can_be_asked_for(run, hub):
+    pulled = run("pull", f"apple/FastVLM-0.5B@{COMMIT}")
+
+    assert Path(pulled.stdout.strip()).name == COMMIT, pulled.stderr
+    assert not any(path.endswith("/revision/main") for path in hub.asked)
+
+
 def test_offline_is_one_line(run, hub):
     assert_one_line(run("pull", "apple/FastVLM-0.5B", HF_HUB_OFFLINE="1"), "DownloadError", "HF_HUB_OFFLINE is set")
     assert hub.asked == []

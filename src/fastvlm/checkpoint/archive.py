@@ -145,8 +145,7 @@ def _check_entry(archive: Path, info: zipfile.ZipInfo, limits: UnpackLimits) -> 
     parts = name.removesuffix("/").split("/")
     if (
         name != info.filename
-        or name.startswith("/")
-        or any(part in ("", ".", "..") for part in parts)
+        or any(part in ("", ".", "..") for part in parts)  # the first is empty when the name is absolute
         or any(character in '\\:*?"<>|' or ord(character) < 32 for character in name)
         or any(part.endswith((".", " ")) or _WINDOWS_DEVICE.fullmatch(part) for part in parts)
         or max(len(part.encode(errors="replace")) for part in parts) > 255
