@@ -1,0 +1,185 @@
+"""Writing answers: rows together and alone, sampling, stopping, beams."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvlm.checkpoint.load import load
+from fastvlm.errors import ContextError, InputError
+from fastvlm.generate import Sampler, embed_rows, forbidden, generate, new_cache, prefill, prefill_in_chunks, sample
+from fastvlm.options import GenerationOptions
+from fastvlm.prompt import tokenize, user
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load(GOLDENS / "hf_tiny", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def image_embeds(loaded):
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        return loaded.model.eval().encode(torch.rand(3, 3, 256, 256))
+
+
+def prompt_ids(loaded, text, num_images=0):
+    return tokenize([user(text, num_images)], loaded.tokenizer, 16).token_ids
+
+
+def answer(loaded, prompts, images=None, **options):
+    return generate(loaded.model, loaded.tokenizer, prompts, images, GenerationOptions(**options))
+
+
+def test_rows_with_no_one_and_two_images_get_what_each_gets_alone(loaded, image_embeds):
+    prompts = [
+        prompt_ids(loaded, "Hello there, how are you?"),
+        prompt_ids(loaded, "What?", num_images=1),
+        prompt_ids(loaded, "What is the difference between them?", num_images=2),
+    ]
+    images = [None, image_embeds[:1], image_embeds[1:]]
+
+    together = answer(loaded, prompts, image_embeds, max_new_tokens=16)
+
+    alone = [answer(loaded, [p], i, max_new_tokens=16)[0] for p, i in zip(prompts, images, strict=True)]
+    assert [row.token_ids for row in together] == [row.token_ids for row in alone]
+    assert [row.text for row in together] == [row.text for row in alone]
+
+
+def test_a_prompt_read_in_chunks_gives_the_same_logits(loaded, image_embeds):
+    ids = prompt_ids(loaded, "What is the difference between these two?", num_images=2)
+    embeds = embed_rows(loaded.model, loaded.tokenizer, [ids], image_embeds[:2])
+    whole_cache, chunked_cache = (new_cache(loaded.model, 1, len(ids)) for _ in range(2))
+
+    whole = prefill(loaded.model, embeds, [len(ids)], whole_cache)
+    chunked = prefill_in_chunks(loaded.model, embeds, chunked_cache, chunk=17)
+
+    torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
+    assert chunked_cache.lengths == whole_cache.lengths == [len(ids)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_rows_past_the_tokenizer_and_the_image_are_never_chosen(loaded, temperature):
+    row_of = forbidden(loaded.tokenizer, 494, torch.device("cpu"))
+
+    rows = answer(loaded, [prompt_ids(loaded, f"{i}") for i in range(8)], max_new_tokens=40, temperature=temperature)
+
+    assert row_of.nonzero().flatten().tolist() == [489, 490, 491, 492, 493]
+    assert not any(row_of[id_] for row in rows for id_ in row.token_ids)
+
+
+def test_the_same_seed_gives_the_same_answer_and_another_another(loaded):
+    prompts = [prompt_ids(loaded, "Hello")]
+
+    first, second, third = (
+        answer(loaded, prompts, max_new_tokens=20, temperature=1.0, seed=seed)[0].token_ids for seed in (1, 1, 2)
+    )
+
+    assert first == second != third
+
+
+def test_a_stop_string_ends_the_answer_before_it(loaded):
+    prompts = [prompt_ids(loaded, "Hello")]
+    whole = answer(loaded, prompts, max_new_tokens=20)[0].text
+    stop = whole[5:7]
+
+    stopped = answer(loaded, prompts, max_new_tokens=20, stop=(stop,))[0]
+
+    assert stopped.text == whole[: whole.index(stop)]
+    assert stopped.finish_reason == "stop"
+
+
+def test_an_answer_that_reaches_its_limit_says_length(loaded):
+    row = answer(loaded, [prompt_ids(loaded, "Hello")], max_new_tokens=3)[0]
+
+    assert (row.finish_reason, len(row.token_ids)) == ("length", 3)
+
+
+def test_one_beam_more_than_greedy_never_scores_less(loaded, image_embeds):
+    ids = prompt_ids(loaded, "What?", num_images=1)
+
+    def score(token_ids):
+        with torch.inference_mode():
+            logits = loaded.model.language.head(
+                loaded.model.language(embed_rows(loaded.model, loaded.tokenizer, [ids + token_ids], image_embeds[:1]))
+            )[0, len(ids) - 1 : -1].clone()
+        logits[:, forbidden(loaded.tokenizer, 494, logits.device)] = -torch.inf
+        return logits.log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None]).sum().item()
+
+    greedy = answer(loaded, [ids], image_embeds[:1], max_new_tokens=6)[0].token_ids
+    searched = answer(loaded, [ids], image_embeds[:1], max_new_tokens=6, num_beams=8)[0].token_ids
+
+    assert score(searched) / len(searched) >= score(greedy) / len(greedy) - 1e-6
+
+
+def test_a_prompt_that_does_not_fit_is_refused(loaded):
+    with pytest.raises(ContextError, match="the context holds 32768"):
+        answer(loaded, [[5] * 32_768])
+
+
+LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0])
+
+
+def drawn(**options):
+    generator = torch.Generator().manual_seed(0)
+    chosen = [int(sample(LOGITS, GenerationOptions(**options), generator)) for _ in range(4000)]
+    return torch.bincount(torch.tensor(chosen), minlength=4) / 4000
+
+
+def test_sampling_follows_the_softmax():
+    torch.testing.assert_close(drawn(temperature=1.0), LOGITS.softmax(-1), atol=0.03, rtol=0)
+    torch.testing.assert_close(drawn(temperature=2.0), (LOGITS / 2).softmax(-1), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"top_k": 2}, [0, 1]),
+        ({"top_p": 0.5}, [0]),  # the likeliest has 0.64
+        ({"top_p": 0.65}, [0, 1]),
+        ({"min_p": 0.3}, [0, 1]),  # 0.24 is over 0.3 * 0.64, 0.09 is not
+        ({"top_k": 1}, [0]),
+    ],
+)
+def test_filters_leave_only_likely_tokens(options, kept):
+    shares = drawn(temperature=1.0, **options)
+
+    expected = LOGITS[kept].softmax(-1)
+    torch.testing.assert_close(shares[kept], expected, atol=0.03, rtol=0)
+    assert shares.sum() == pytest.approx(float(shares[kept].sum()))
+
+
+def test_penalties_follow_their_formulas():
+    options = GenerationOptions(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
+    sampler = Sampler(options, [3], torch.device("cpu"))
+    sampler.counts.update([0, 0, 1])
+
+    penalised = sampler.penalise(LOGITS)
+
+    assert penalised.tolist() == [2.0 / 2 - 0.5 - 2 * 0.25, 1.0 / 2 - 0.5 - 0.25, 0.0, -1.0 * 2]
+    assert LOGITS.tolist() == [2.0, 1.0, 0.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0.0},
+        {"num_beams": 0},
+        {"num_beams": 2, "temperature": 1.0},
+        {"max_new_tokens": True},
+        {"stop": ("",)},
+    ],
+)
+def test_options_out_of_range_are_refused(options):
+    with pytest.raises(InputError):
+        GenerationOptions(**options)
