@@ -105,8 +105,8 @@ def test_one_beam_more_than_greedy_never_scores_less(loaded, image_embeds):
         with torch.inference_mode():
             logits = loaded.model.language.head(
                 loaded.model.language(embed_rows(loaded.model, loaded.tokenizer, [ids + token_ids], image_embeds[:1]))
-            )[0, len(ids) - 1 : -1].clone()
-        logits[:, forbidden(loaded.tokenizer, 494, logits.device)] = -torch.inf
+            )[0, len(ids) - 1 : -1]
+        logits = logits.masked_fill(forbidden(loaded.tokenizer, 494, logits.device), -torch.inf)
         return logits.log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None]).sum().item()
 
     greedy = answer(loaded, [ids], image_embeds[:1], max_new_tokens=6)[0].token_ids
