@@ -109,9 +109,7 @@ def _quantised(weights: Weights, stored_name: str, raw: dict[str, Any], origin: 
             raise CheckpointError(f"{weights.origin}: {name!r} is {weights.entries[name].shape}, expected {groups}")
 
     def read() -> Tensor:
-        scale = weights.read(scales)
-        tensor = dequantise(weights.read(stored_name), scale, weights.read(biases), bits)
-        return tensor.to(scale.dtype)
+        return dequantise(weights.read(stored_name), weights.read(scales), weights.read(biases), bits)
 
     return Source(stored_name, (shape[0], width), read, lambda: weights.forget(stored_name))
 
@@ -135,12 +133,12 @@ def dequantise(packed: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Ten
 
     Args:
         packed: Numbers of `bits` bits one after the other, low bits first, `(rows, columns * bits / 32)`, uint32.
-        scales: `(rows, groups)`.
-        biases: `(rows, groups)`.
+        scales: `(rows, groups)`, in the dtype in which MLX computes: it rounds the product and the sum.
+        biases: `(rows, groups)`, of the same dtype.
         bits: How many a number takes.
 
     Returns:
-        `(rows, columns)`, float32.
+        `(rows, columns)`, of the dtype of the scales.
     """
     rows = packed.shape[0]
     if 32 % bits == 0:
@@ -151,5 +149,5 @@ def dequantise(packed: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Ten
         single = (packed.contiguous().view(torch.uint8)[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
         weights = 2 ** torch.arange(bits, dtype=torch.int32)
         numbers = (single.view(rows, -1, bits).int() * weights).sum(-1)
-    grouped = numbers.reshape(rows, scales.shape[1], -1).float()
-    return (grouped * scales.float()[..., None] + biases.float()[..., None]).view(rows, -1)
+    grouped = numbers.reshape(rows, scales.shape[1], -1).to(scales.dtype)
+    return (grouped * scales[..., None] + biases[..., None]).view(rows, -1)

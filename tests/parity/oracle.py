@@ -1,0 +1,66 @@
+"""Run by an interpreter that has transformers and timm: `oracle.py COMMAND ARGUMENT... OUT`; knows nothing of fastvlm.
+
+It writes what transformers computes as JSON or safetensors, for a test of ours to compare.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+
+def load_strictly(folder: str) -> Any:
+    """Load a model whose folder holds each of its tensors, and no other."""
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    for kind, names in info.items():
+        if names:
+            raise SystemExit(f"{kind}: {sorted(names)[:5]}")
+    return model.eval()
+
+
+def conversation(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """A golden case as transformers' messages; the pictures belong to the first turn."""
+    messages: list[dict[str, Any]] = []
+    for index, (role, text) in enumerate(case["turns"]):
+        images = [{"type": "image"} for _ in case["images"]] if index == 0 else []
+        messages.append({"role": role, "content": [*images, {"type": "text", "text": text}]})
+    return messages
+
+
+def answer(folder: str, cases: str, images: str, out: str) -> None:
+    """Answer every case with the folder's own processor, chat template and generation settings."""
+    model = load_strictly(folder)
+    processor = AutoProcessor.from_pretrained(folder, use_fast=False)
+    answers = {}
+    for name, case in json.loads(Path(cases).read_text())["cases"].items():
+        prompt = processor.apply_chat_template(conversation(case), add_generation_prompt=True)
+        pictures = [Image.open(Path(images) / image) for image in case["images"]]
+        inputs = processor(text=prompt, images=pictures or None, return_tensors="pt")
+        with torch.inference_mode():
+            ids = model.generate(**inputs, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
+        answers[name] = {"prompt": prompt, "token_ids": ids.tolist()}
+    Path(out).write_text(json.dumps(answers))
+
+
+def logits(folder: str, inputs: str, out: str) -> None:
+    """Compute all logits of a `fast_vlm` folder for `input_ids` and, when there are some, `pixel_values`."""
+    model = load_strictly(folder)
+    with torch.inference_mode():
+        save_file({"logits": model(**load_file(inputs)).logits.contiguous()}, out)
+
+
+def language_logits(folder: str, inputs: str, out: str) -> None:
+    """Compute all logits of a plain Qwen2 folder for `input_ids`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        save_file({"logits": model(**load_file(inputs)).logits.contiguous()}, out)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"answer": answer, "logits": logits, "language_logits": language_logits}[sys.argv[1]](*sys.argv[2:])

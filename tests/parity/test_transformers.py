@@ -1,0 +1,121 @@
+"""transformers loads our folders strictly and computes the same; needs the interpreter FASTVLM_ORACLE_PYTHON."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from fastvlm import checkpoint
+from fastvlm.config import LanguageConfig
+from fastvlm.model.language import Qwen2
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+PYTHON = os.environ.get("FASTVLM_ORACLE_PYTHON")
+pytestmark = [
+    pytest.mark.oracle,
+    pytest.mark.skipif(not PYTHON, reason="FASTVLM_ORACLE_PYTHON names no interpreter with transformers"),
+]
+
+
+def ask_oracle(*arguments):
+    command = [PYTHON, str(Path(__file__).with_name("oracle.py")), *map(str, arguments)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def oracle_logits(command, folder, inputs, tmp_path):
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    ask_oracle(command, folder, tmp_path / "inputs.safetensors", tmp_path / "logits.safetensors")
+    return load_file(tmp_path / "logits.safetensors")["logits"]
+
+
+def test_transformers_answers_the_six_cases_from_our_folder_as_apple_does(tmp_path):
+    expected = load_file(GOLDENS / "apple_tiny.expected.safetensors")
+    cases = json.loads((GOLDENS / "cases.json").read_text(encoding="utf-8"))["cases"]
+    loaded = checkpoint.load(GOLDENS / "apple_tiny")
+    folder = checkpoint.save(loaded.model, loaded.tokenizer, tmp_path / "saved")
+
+    ask_oracle("answer", folder, GOLDENS / "cases.json", GOLDENS / "images", tmp_path / "answers.json")
+
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    for name, case in cases.items():
+        assert answers[name]["prompt"] == case["prompt"]
+        assert answers[name]["token_ids"] == expected[f"case.{name}.greedy"].tolist(), name
+
+
+def test_transformers_computes_our_logits_from_a_training_form_of_another_geometry(tmp_path):
+    tokenizer = checkpoint.load(GOLDENS / "apple_tiny").tokenizer
+    folder = checkpoint.init_checkpoint("nano", 3, tmp_path / "nano", tokenizer=tokenizer, dtype=torch.float32)
+    loaded = checkpoint.load(folder)
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(0, 486, (1, 40), generator=generator)
+    token_ids[0, 7:23] = tokenizer.image_id
+    pixels = torch.rand(1, 3, 256, 256, generator=generator)
+
+    theirs = oracle_logits("logits", folder, {"input_ids": token_ids, "pixel_values": pixels}, tmp_path)
+
+    with torch.inference_mode():
+        assert_close(loaded.model(token_ids, pixels), theirs, rtol=0, atol=1e-4)
+
+
+def test_a_saved_crop_folder_computes_in_transformers_what_it_did_before(tmp_path):
+    loaded = checkpoint.load(GOLDENS / "hf_tiny", dtype=torch.float32)
+    folder = checkpoint.save(loaded.model, loaded.tokenizer, tmp_path / "saved")
+    golden = load_file(GOLDENS / "hf_tiny.expected.safetensors")
+    ids = load_file(GOLDENS / "apple_tiny.expected.safetensors")["case.single.input_ids"].tolist()
+    place = ids.index(-200)
+    token_ids = torch.tensor([[*ids[:place], *[489] * 16, *ids[place + 1 :]]])
+    pixels = load_file(GOLDENS / "pixels.expected.safetensors")["crop.photo.jpg"][None].float() / 255
+
+    theirs = oracle_logits("logits", folder, {"input_ids": token_ids, "pixel_values": pixels}, tmp_path)
+
+    (wanted,) = (value for key, value in golden.items() if key.endswith("logits"))
+    assert_close(theirs.view_as(wanted), wanted, rtol=0, atol=1e-3)  # transformers itself is not stable to more
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_qwen2_computes_transformers_logits_on_random_weights(tied, tmp_path):
+    config = LanguageConfig(
+        dim=96, num_layers=3, num_heads=6, num_kv_heads=2, mlp_dim=160, vocab_size=300, tied=tied, rope_theta=1e4
+    )
+    torch.manual_seed(5)
+    model = Qwen2(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    folder = tmp_path / "qwen2"
+    folder.mkdir()
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if not name.startswith("lm_head")}
+    if model.lm_head is not None:
+        tensors["lm_head.weight"] = model.lm_head.weight.detach()
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    keys = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "intermediate_size": 160,
+        "vocab_size": 300,
+        "rope_theta": 1e4,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": tied,
+    }
+    (folder / "config.json").write_text(json.dumps(keys))
+    token_ids = torch.randint(0, 300, (2, 33))
+
+    theirs = oracle_logits("language_logits", folder, {"input_ids": token_ids}, tmp_path)
+
+    with torch.inference_mode():
+        ours = model.head(model(model.embed(token_ids)))
+    assert_close(ours, theirs, rtol=0, atol=2e-4)
