@@ -16,6 +16,8 @@ SHAPES_SHARE = 0.44
 """How often the things asked about are plain shapes."""
 LARGEST = 0.25
 """Of one thing among several, as a share of the picture's side."""
+NAMEABLE = 0.055
+"""Below this nobody could say which emoji it is, among others or on a busy background."""
 LEANING = 30.0
 """Degrees that a thing turns where it should stay upright."""
 
@@ -158,12 +160,14 @@ class Painter:
         tilt = rng.choice((0.0, 20.0, 180.0, 180.0))
         shadow = (rng.randint(2, 6), rng.uniform(0.3, 0.6)) if rng.random() < 0.12 else None
         arrangement, shrink = plan.arrangement, 1.0
+        is_busy = ground.style != "plain" or len(wanted) > 1
         while True:
             plane = layout.Plane(image.width, image.height)
             spots = layout.spots(arrangement, len(queue), plane, rng)
             placed: list[tuple[Sprite, tuple[int, int], Subject]] = []
             for look, wish in zip(queue, sizes, strict=True):
-                size = max(look.smallest * unit, wish) * shrink
+                floor = max(look.smallest, NAMEABLE) if look.designs and is_busy else look.smallest
+                size = max(floor * unit, wish) * shrink
                 sprite = self._looks.sprite(look, size, any_angle(rng, min(tilt, look.turn)), rng)
                 mask = np.asarray(sprite.mask)[:: layout.STEP, :: layout.STEP] > 100
                 corner = plane.put(mask, spots, rng, overlap)

@@ -74,7 +74,8 @@ class Looks:
         contrast, colour, rgb = self._colour(rng, palette, taken)
         paints: tuple[tuple[str, RGB], ...] = (("filled", rgb),)
         smallest = shape.smallest
-        if shapes.has_outline(name) and contrast > STANDS_OUT and rng.random() < 0.17:
+        is_clear = contrast > STANDS_OUT and all(abs(luminance(rgb) - luminance(other)) > 50 for other in palette)
+        if shapes.has_outline(name) and is_clear and rng.random() < 0.2:
             paints = ((rng.choice(("thick", "thin")), rgb),)
             smallest = max(smallest, 0.06)
         elif shapes.has_outline(name) and rng.random() < 0.22:

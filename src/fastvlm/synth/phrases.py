@@ -91,10 +91,10 @@ class Phrases:
 
 
 def _letters(rng: Random) -> str:
-    """Letters that make no word."""
+    """Letters that make no word; at least one of them shows whether they are capitals."""
     alphabet = CLEAR_LOWER if rng.random() < 0.5 else CLEAR_UPPER
-    token = "".join(rng.choice(alphabet) for _ in range(rng.randint(2, 8)))
-    return token.capitalize() if rng.random() < 0.2 else token
+    token = "".join(rng.choice(alphabet) for _ in range(rng.randint(2, 7))) + rng.choice("abdeghnr")
+    return token.upper() if alphabet == CLEAR_UPPER else token.capitalize() if rng.random() < 0.3 else token
 
 
 def _number(rng: Random) -> str:

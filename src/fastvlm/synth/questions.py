@@ -70,8 +70,8 @@ def present(scene: Scene, rng: Random) -> Subject | None:
 
 def _count(scene: Scene, split: Split, rng: Random, target: Subject | None) -> Asked | None:
     if target is None:
-        if scene.is_portrait and rng.random() < 0.7:
-            return None
+        if (scene.is_portrait or scene.text is not None) and rng.random() < 0.7:
+            return None  # nothing to count there: asked often enough elsewhere
         target = present(scene, rng) if rng.random() < 0.85 else absent(scene, rng)
     if target is None or target.name in wording.MASS:
         return None
@@ -137,7 +137,7 @@ def _capital(text: str) -> str:
 
 def _yes_no(scene: Scene, split: Split, rng: Random, target: Subject | None) -> Asked | None:
     roll = rng.random()
-    if target is None and roll < (0.3 if scene.text else 0.06):
+    if target is None and roll < (0.55 if scene.text else 0.06):
         answer = "Yes" if scene.text else "No"
         return _turn("yes_no", wording.YES_NO_TEXT, answer, split, rng), {"answer": answer}
     groups = scene.groups()
@@ -157,7 +157,7 @@ def _yes_no(scene: Scene, split: Split, rng: Random, target: Subject | None) -> 
             return _turn("yes_no", wording.YES_NO_NUMBER, answer, split, rng, **words), {"answer": answer}
     subject = target
     if subject is None:
-        subject = present(scene, rng) if rng.random() < 0.5 else absent(scene, rng)
+        subject = present(scene, rng) if rng.random() < 0.56 else absent(scene, rng)
     if subject is None:
         subject = absent(scene, rng)
     answer = "Yes" if scene.count(subject) else "No"

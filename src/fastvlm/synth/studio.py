@@ -91,6 +91,7 @@ def _more(task: str, scene: Scene, rng: Random) -> list[Asked]:
         if len(found) == amount:
             break
         asked = ask(other, scene, "train", rng)
-        if asked is not None:
+        # Large things are in the center: unasked-for, that answer would drown the other places.
+        if asked is not None and (asked[0].answer != "center" or rng.random() < 0.25):
             found.append(asked)
     return found
