@@ -38,7 +38,7 @@ class Sprite:
     def paste_shadow(self, image: Image.Image, corner: tuple[int, int], offset: int, darkness: float) -> None:
         """Draw the soft shadow that the sprite would throw."""
         lowest = self.layers[0][1]  # the line of an outlined shape: its inside throws no shadow
-        soft = lowest.resize((max(2, lowest.width // 5), max(2, lowest.height // 5)), Image.Resampling.BOX)
+        soft = lowest.reduce(max(1, min(5, min(lowest.size) // 10)))
         soft = soft.point([round(value * darkness) for value in range(256)])
         grown = (self.mask.width + offset, self.mask.height + offset)
         image.paste((0, 0, 0), (corner[0] + offset, corner[1] + offset), soft.resize(grown, Image.Resampling.BILINEAR))
