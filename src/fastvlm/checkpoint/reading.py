@@ -31,8 +31,8 @@ DTYPES: Final = {
     "I64": torch.int64,
     "U32": torch.uint32,
 }
-MAX_HEADER_BYTES: Final = 100_000_000  # the format's own limit
-MAX_JSON_BYTES: Final = 64 * 2**20
+MAX_HEADER_BYTES: Final = 16 * 2**20  # the largest model needs 0.1 MB; parsing takes ten times its length
+MAX_JSON_BYTES: Final = 4 * 2**20
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
 BESIDE: Final = (
