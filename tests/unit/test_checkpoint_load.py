@@ -171,7 +171,8 @@ def test_quantised_mlx_weights_become_floats(bits, apple_tensors, reference, tmp
         tensors |= {f"{name}.{key}": tensor for key, tensor in packed.items()}
         ours = name.replace("language_model.model", "language").replace("mm_projector.0", "projector.fc1")
         wanted[f"{ours}.weight"] = floats
-    folder = write(tmp_path / "folder", "apple_tiny", tensors, quantization={"group_size": 64, "bits": bits})
+    settings = {"group_size": 64, "bits": bits}
+    folder = write(tmp_path / "folder", "apple_tiny", tensors, quantization=settings, quantization_config=settings)
 
     assert_same(checkpoint.load(folder).model, wanted)
 
@@ -187,6 +188,25 @@ def test_a_layer_may_have_bits_of_its_own(apple_tensors, reference, tmp_path):
     model = checkpoint.load(folder).model
 
     assert_same(model, uncounted(reference) | {"language.layers.0.mlp.up_proj.weight": floats})
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"group_size": 64, "bits": 1}, "1 bits in groups of 64"),
+        ({"group_size": 48, "bits": 4}, "4 bits in groups of 48"),
+        ({"group_size": 64, "bits": 4, "mode": "mxfp4"}, "only 'affine' is read"),
+        ({"group_size": 64, "bits": 8}, "expected (128, 1)"),
+        (4, "quantization is 4; expected an object"),
+    ],
+)
+def test_quantisation_of_another_kind_is_refused(settings, expected, apple_tensors, tmp_path):
+    tensors = mlx_tensors(apple_tensors)
+    packed, _ = quantised(tensors.pop("mm_projector.2.weight"), 4)
+    tensors |= {f"mm_projector.2.{key}": tensor for key, tensor in packed.items()}
+    folder = write(tmp_path / "folder", "apple_tiny", tensors, quantization=settings)
+
+    assert expected in message_of(folder)
 
 
 def ios_tensors(tensors):

@@ -15,7 +15,7 @@ def require(raw: Mapping[str, Any], origin: str, key: str, *allowed: Any) -> Non
     """
     value = raw.get(key)
     if value is not None and not any(type(value) is type(item) and value == item for item in allowed):
-        expected = " or ".join(repr(item) for item in allowed)
+        expected = " or ".join(repr(item) for item in allowed) or "a folder without it"
         raise CheckpointError(f"{origin}: {key} is {_short(value)}; only {expected} is supported")
 
 
@@ -55,7 +55,7 @@ def language_config(raw: Mapping[str, Any], origin: str, *, tied: bool) -> Langu
     require(raw, origin, "attention_bias", True)
     require(raw, origin, "mlp_bias", False)
     require(raw, origin, "quantization_config")
-    require(raw, origin, "model_type", "qwen2", "llava_qwen2", "llava-qwen2")
+    require(raw, origin, "model_type", "qwen2", "llava_qwen2", "llava-qwen2", "fastvlm")
     layer_types = raw.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise CheckpointError(f"{origin}: layer_types is {_short(layer_types)}; only 'full_attention' is supported")

@@ -84,6 +84,8 @@ def load(
         tokenizer_place, text = place, section(raw, origin, "text_config") or raw
         if language is not None:
             tokenizer_place, text = Path(language), _take_language(parts, language)
+        if layout in ("mlx", "apple-ios"):
+            text = mlx.without_quantisation(text)
         _require_parts(parts, path)
         config = _config(parts, text, raw, origin, layout=layout, settings=settings)
         tokenizer = Tokenizer.load(tokenizer_place)

@@ -15,6 +15,7 @@ from fastvlm.errors import CheckpointError
 
 VISION: Final = "vision_tower.vision_model."
 _PROJECTOR: Final = {"0": "fc1", "2": "fc2"}
+_QUANTISATION: Final = ("quantization", "quantization_config")  # mlx-vlm writes the same under both
 BITS: Final = (2, 3, 4, 5, 6, 8)
 
 
@@ -116,7 +117,7 @@ def _quantised(weights: Weights, stored_name: str, raw: dict[str, Any], origin: 
 
 def _settings(raw: dict[str, Any], origin: str, base: str) -> tuple[int, int]:
     """Group size and bits of one layer: its own, or the folder's."""
-    key = "quantization" if "quantization" in raw else "quantization_config"
+    key = next((key for key in _QUANTISATION if key in raw), _QUANTISATION[0])
     common = section(raw, origin, key)
     own = common.get(base)
     values = common | own if isinstance(own, dict) else common
@@ -126,6 +127,11 @@ def _settings(raw: dict[str, Any], origin: str, base: str) -> tuple[int, int]:
     if bits not in BITS or group_size not in (32, 64, 128):
         raise CheckpointError(f"{origin}: {key} has {str(bits)[:20]} bits in groups of {str(group_size)[:20]}")
     return group_size, bits
+
+
+def without_quantisation(raw: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the floats that `translate_quantised` gives."""
+    return {key: value for key, value in raw.items() if key not in _QUANTISATION}
 
 
 def dequantise(packed: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Tensor:

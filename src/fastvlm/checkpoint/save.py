@@ -247,9 +247,16 @@ def _replace(place: Path, target: Path) -> None:
     if not target.exists():
         os.replace(place, target)
         return
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as aside:
-        os.replace(target, Path(aside) / target.name)
-        os.replace(place, target)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        os.replace(target, aside / target.name)
+        try:
+            os.replace(place, target)
+        except OSError:
+            os.replace(aside / target.name, target)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _umask() -> int:
