@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -61,6 +62,29 @@ def language_logits(folder: str, inputs: str, out: str) -> None:
         save_file({"logits": model(**load_file(inputs)).logits.contiguous()}, out)
 
 
+def encoder(architecture: str, form: str, weights: str, out: str) -> None:
+    """Make a small encoder of timm's with random weights; write them, a picture, its map and its CLIP embedding."""
+    torch.manual_seed(3)
+    sizes = {"layers": (1, 2, 1, 2, 1), "embed_dims": (32, 64, 128, 256, 512), "num_classes": 24}
+    model = timm.create_model(architecture, inference_mode=form == "reparameterised", **sizes).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.uniform_(0.8, 1.2)
+            elif name.endswith("head.fc.bias"):
+                tensor.zero_()
+            elif tensor.is_floating_point():
+                tensor.add_(torch.randn_like(tensor) * 0.05)
+    pixels = torch.rand(1, 3, 128, 192)
+    save_file(model.state_dict(), weights)
+    with torch.inference_mode():
+        features = model.forward_features(pixels)
+        embedding = model.forward_head(features)
+    save_file({"pixels": pixels, "features": features.contiguous(), "embedding": embedding.contiguous()}, out)
+
+
+COMMANDS = {"answer": answer, "logits": logits, "language_logits": language_logits, "encoder": encoder}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"answer": answer, "logits": logits, "language_logits": language_logits}[sys.argv[1]](*sys.argv[2:])
+    COMMANDS[sys.argv[1]](*sys.argv[2:])

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from fastvlm import checkpoint
 from fastvlm.config import LanguageConfig
+from fastvlm.model import fold
 from fastvlm.model.language import Qwen2
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -119,3 +120,23 @@ def test_qwen2_computes_transformers_logits_on_random_weights(tied, tmp_path):
     with torch.inference_mode():
         ours = model.head(model(model.embed(token_ids)))
     assert_close(ours, theirs, rtol=0, atol=2e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("architecture", ["fastvit_mci3", "fastvit_mci4"])
+@pytest.mark.parametrize("form", ["training", "reparameterised"])
+def test_timms_encoders_compute_the_same_here(architecture, form, tmp_path):
+    weights, values = tmp_path / "weights.safetensors", tmp_path / "values.safetensors"
+    ask_oracle("encoder", architecture, form, weights, values)
+    golden = load_file(values)
+
+    encoder = checkpoint.load_encoder(weights)
+
+    assert encoder.config.is_reparameterised == (form == "reparameterised")
+    features = encoder(golden["pixels"])
+    scale = golden["features"].abs().mean()
+    wanted = golden["features"].flatten(2).transpose(1, 2)
+    assert_close(features / scale, wanted / scale, rtol=1e-5, atol=1e-4)
+    assert_close(encoder.embed(features) / scale, golden["embedding"] / scale, rtol=1e-5, atol=1e-4)
+    folded = fold.reparameterise_vision(encoder)
+    assert_close(folded(golden["pixels"]) / scale, wanted / scale, rtol=1e-5, atol=1e-4)
