@@ -660,3 +660,34 @@ def test_loading_keeps_no_file_open_after_the_model_is_gone():
         checkpoint.load(GOLDENS / "apple_tiny")
 
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def places(values, path=()):
+    """Every place in nested objects, by its keys."""
+    for key, value in values.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from places(value, (*path, key))
+
+
+@pytest.mark.parametrize("strange", [-1, 1e300, "x", [[]], {"a": 1}], ids=repr)
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_a_strange_value_under_any_key_is_read_or_refused_in_one_line(file, strange, tmp_path):
+    folder = write(tmp_path / "folder", "hf_tiny")
+    original = (folder / file).read_text()
+    messages = []
+    for path in places(json.loads(original)):
+        raw = json.loads(original)
+        *parents, last = path
+        section = raw
+        for key in parents:
+            section = section[key]
+        section[last] = strange
+        (folder / file).write_text(json.dumps(raw))
+
+        try:
+            checkpoint.load(folder)
+        except CheckpointError as error:
+            messages.append(str(error))
+    assert len(messages) > 5
+    assert not any("\n" in message for message in messages)

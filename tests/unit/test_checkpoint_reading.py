@@ -39,6 +39,7 @@ LIES = {
     "a shape that its bytes do not fill": ({"a": entry(0, 4, [2**40, 2**40])}, bytes(4), None, "needs"),
     "a negative size": ({"a": entry(0, 4, [-1])}, bytes(4), None, "whole numbers"),
     "a size that is no number": ({"a": entry(0, 4, [True])}, bytes(4), None, "whole numbers"),
+    "a dtype that is a list": ({"a": entry(0, 4, [1], ["F32"])}, bytes(4), None, "has dtype"),
     "a strange dtype": ({"a": entry(0, 4, [1], "F8_E4M3")}, bytes(4), None, "F8_E4M3"),
     "no dtype": ({"a": {"shape": [1]}}, bytes(4), None, "no dtype"),
     "a list for a header": ([], b"", None, "expected a JSON object"),

@@ -306,6 +306,7 @@ def _drop_tied_head(parts: Parts) -> bool:
     head, embedding = parts.sources[_HEAD], parts.sources.get(_EMBEDDING)
     if embedding is None or head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):
         return False
+    head.forget()
     del parts.sources[_HEAD]
     return True
 

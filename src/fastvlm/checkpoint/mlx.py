@@ -124,7 +124,7 @@ def _settings(raw: dict[str, Any], origin: str, base: str) -> tuple[int, int]:
     group_size, bits = values.get("group_size"), values.get("bits")
     if values.get("mode", "affine") != "affine":
         raise CheckpointError(f"{origin}: {key}.mode is {str(values['mode'])[:40]!r}; only 'affine' is read")
-    if bits not in BITS or group_size not in (32, 64, 128):
+    if type(bits) is not int or bits not in BITS or type(group_size) is not int or group_size not in (32, 64, 128):
         raise CheckpointError(f"{origin}: {key} has {str(bits)[:20]} bits in groups of {str(group_size)[:20]}")
     return group_size, bits
 

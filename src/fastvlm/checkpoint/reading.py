@@ -121,7 +121,7 @@ def _entry(path: Path, name: str, fields: Any, begin: int) -> Stored:
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= fields.keys():
         raise CheckpointError(f"{path}: {name!r} has no dtype, shape and data_offsets in the header")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{path}: {name!r} has dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     if not _is_counts(shape) or len(shape) > 8 or not _is_counts(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{path}: {name!r} has shape {shape!r} at {offsets!r}; expected whole numbers"[:300])
