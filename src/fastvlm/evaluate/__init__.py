@@ -1,1 +1,1 @@
-"""Measuring what a model can do: tasks, runs, reports."""
+"""How well a model answers: `run.run` measures, `report.render` makes a table of it."""

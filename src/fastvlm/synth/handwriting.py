@@ -47,6 +47,10 @@ class Scribe:
                 break
         return index, written
 
+    def family(self, index: int) -> str:
+        """Name of a font that `choose` chose."""
+        return self._fonts[index].family
+
     def write(self, lines: tuple[str, ...], index: int, wish: Wish, rng: Random) -> tuple[Image.Image, float]:
         """Write lines of text.
 

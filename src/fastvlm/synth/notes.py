@@ -60,6 +60,8 @@ class Writer:
             text=" ".join(lines),
             ink=None if name == "dark" else name,
             text_spot=thing_at(Subject("text", "texts"), (left, top), ink.size, size),
+            font=self._scribe.family(index),
+            height=height / max(size),
         )
 
 

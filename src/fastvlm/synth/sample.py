@@ -1,6 +1,6 @@
 """What one drawn example is: a picture, questions with answers, and the facts behind them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from PIL import Image
@@ -28,3 +28,5 @@ class Sample:
     task: str
     facts: dict[str, Any]
     """What a scorer needs, as plain values: `count` and `kind`, `text`, `name`, `answer` or `required`."""
+    traits: dict[str, Any] = field(default_factory=dict)
+    """How hard the picture is, as plain values: `size`, `others`, `look`, `background`; `font` and `height` of text."""

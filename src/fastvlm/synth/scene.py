@@ -54,6 +54,10 @@ class Scene:
     ink: str | None = None
     """Name of the ink's colour, if people would agree on one."""
     text_spot: Thing | None = None
+    font: str | None = None
+    """Family of the handwriting."""
+    height: float | None = None
+    """Of its letters, as a share of the picture's longest side."""
     visible: list[float] = field(default_factory=list)
     """Share of each thing that no other thing covers."""
 

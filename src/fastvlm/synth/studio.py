@@ -1,7 +1,7 @@
 """Samples from seeds: the one door to everything in this folder."""
 
 from random import Random
-from typing import get_args
+from typing import Any, get_args
 
 from fastvlm.synth.assets import Assets
 from fastvlm.synth.compose import Painter
@@ -62,7 +62,7 @@ class Studio:
         turns = [asked[0]]
         if split == "train":
             turns += [turn for turn, _ in _more(task, scene, rng)]
-        return Sample(image=image, turns=tuple(turns), task=task, facts=asked[1])
+        return Sample(image=image, turns=tuple(turns), task=task, facts=asked[1], traits=_traits(scene, asked[1]))
 
     def _stage(self, task: str, split: Split, rng: Random) -> tuple[Scene, Subject | None]:
         """Draw a scene that suits the task, and say what to ask about (None: anything)."""
@@ -79,6 +79,21 @@ class Studio:
         if task == "colour":
             return self._painter.coloured_scene(rng), None
         return self._painter.mixed_scene(rng), None
+
+
+def _traits(scene: Scene, facts: dict[str, Any]) -> dict[str, Any]:
+    """What makes the picture easy or hard: of the things asked about, or of all where none is named."""
+    traits: dict[str, Any] = {"background": "plain" if scene.background else "other"}
+    if scene.text is not None:
+        traits |= {"font": scene.font, "height": scene.height}
+    kind = facts.get("kind") or facts.get("name")
+    things = [thing for thing in scene.things if kind in (None, thing.subject.name)]
+    colour = facts.get("colour")
+    meant = [thing for thing in things if colour in (None, thing.subject.colour)]
+    if meant:
+        traits["size"] = sum(max(thing.size) for thing in meant) / len(meant)
+        traits["look"] = "shape" if meant[0].subject.colour else "emoji"
+    return traits | {"others": len(scene.things) - len(meant)}
 
 
 def _more(task: str, scene: Scene, rng: Random) -> list[Asked]:
