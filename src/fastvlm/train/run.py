@@ -110,7 +110,7 @@ def _dataset(options: TrainOptions, model: FastVLM, tokenizer: Tokenizer) -> Syn
 
 
 def _fast_arithmetic(placement: Placement) -> None:
-    if placement.device.type == "cuda":
+    if placement.is_cuda:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -162,7 +162,7 @@ def _train(  # noqa: PLR0913  (the pieces of a run meet here)
                 image_id=tokenizer.image_id,
                 num_image_tokens=trainer.model.config.vision.num_image_tokens,
             ),
-            pin=trainer.placement.device.type == "cuda",
+            pin=trainer.placement.is_cuda,
         ),
         progress=progress,
         schedule=partial(cosine, warmup=options.warmup),
