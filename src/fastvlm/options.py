@@ -1,7 +1,9 @@
 """What one run does: a frozen dataclass a command; its fields are the command's flags, its docstrings their help."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
 
 from fastvlm.config import FITS, Fit
 from fastvlm.errors import InputError
@@ -61,9 +63,9 @@ class TrainOptions:
 class GenerationOptions:
     """How an answer is written; the defaults are greedy."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: Annotated[int, arg(aliases=("--max-tokens",))] = 256
     """Most tokens that an answer may have."""
-    temperature: float = 0.0
+    temperature: Annotated[float, arg(aliases=("--temp",))] = 0.0
     """0 picks the likeliest token; higher is more varied."""
     top_p: float = 1.0
     """Sample among the likeliest tokens that together have this probability."""
@@ -140,3 +142,275 @@ class ImageOptions:
             raise InputError(f"max_pixels must be 1 or more, got {self.max_pixels}")
         if self.fit not in (None, *FITS):
             raise InputError(f"fit must be one of {', '.join(FITS)}, got {self.fit!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Which model answers, and where it runs."""
+
+    model: Annotated[str | None, arg(aliases=("--model-path",))] = None
+    """Short name (see `fastvlm models list`), or a checkpoint folder in any layout we read; by default nano."""
+    model_base: str | None = None
+    """Apple's spelling for unmerged adapters, which are not read: give the merged checkpoint as --model."""
+    vision: str | None = None
+    """A second folder or file with the vision encoder, for Apple's iOS bundles."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Format of the weights; auto is bfloat16 where the hardware multiplies it, else float32."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is understood but not done.
+
+        Raises:
+            InputError: There is a base model.
+        """
+        if self.model_base is not None:
+            raise InputError(
+                f"model_base {self.model_base!r}: adapters are not read; give the merged checkpoint as --model"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """Answer a question about pictures, or about none.
+
+    The answer goes to standard output as it is written, everything else to standard error.
+    """
+
+    image: Annotated[tuple[str, ...], arg(aliases=("--image-file",), metavar="FILE|URL")] = ()
+    """Path or http(s) address of a picture, or `-` for standard input; give it again for more pictures."""
+    prompt: str | None = None
+    """The question; by default, where there is a picture, "Describe the image."."""
+    video: str | None = None
+    """A GIF, an animated WebP or PNG, a folder of pictures or, with PyAV installed, a video file."""
+    frames: int = 8
+    """How many frames of the video are read, evenly from its start to its end (512 px, 64 tokens each)."""
+    system: str | None = None
+    """System prompt instead of "You are a helpful assistant."."""
+    conv_mode: Literal["qwen_2"] = "qwen_2"
+    """Apple's name of the prompt template; there is one."""
+    json: bool = False
+    """Print one JSON object instead of the text."""
+    quiet: bool = False
+    """Nothing on standard error but errors."""
+    loading: LoadOptions = field(default_factory=LoadOptions)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    pictures: ImageOptions = field(default_factory=ImageOptions)
+
+    def __post_init__(self) -> None:
+        """Check that the options go together.
+
+        Raises:
+            InputError: There is nothing to ask, or too much.
+        """
+        if self.video is not None and self.image:
+            raise InputError("--video and --image do not go together; give one of them")
+        if self.prompt is None and self.video is None and not self.image:
+            raise InputError("nothing to ask: give --image, --prompt or both")
+        if not 1 <= self.frames <= 1000:
+            raise InputError(f"frames must be between 1 and 1000, got {self.frames}")
+        if self.image.count("-") > 1:
+            raise InputError("--image - was given twice; standard input can be read once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """Talk with a model about pictures; what was read stays in memory from turn to turn.
+
+    A line is a question. Commands begin with a slash: /image, /reset, /system, /help, /quit.
+    """
+
+    image: Annotated[tuple[str, ...], arg(aliases=("--image-file",), metavar="FILE|URL")] = ()
+    """Path or http(s) address of a picture for the first question; give it again for more."""
+    system: str | None = None
+    """System prompt instead of "You are a helpful assistant."."""
+    quiet: bool = False
+    """No greeting, no timings."""
+    loading: LoadOptions = field(default_factory=LoadOptions)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    pictures: ImageOptions = field(default_factory=ImageOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsListOptions:
+    """List nano and Apple's models, and say which are here."""
+
+    json: bool = False
+    """Print a JSON list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsShowOptions:
+    """Show what is known of a model: where it comes from, its licence, where it is."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME")]
+    """Short name, archive's name, or repository on the hub."""
+    json: bool = False
+    """Print a JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsPullOptions:
+    """Download, verify and unpack a model; a download that was cut goes on where it ended."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME")]
+    """Short name, archive's name, or repository on the hub; `all` is Apple's six archives."""
+    accept_license: bool = False
+    """Accept the model's licence without being asked."""
+    base_url: str | None = None
+    """A mirror of Apple's server with the same file names."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsInitOptions:
+    """Write a checkpoint of random weights, for benchmarks and tests."""
+
+    preset: Annotated[Positional[Literal["0.5b", "1.5b", "7b", "nano"]], arg(metavar="0.5b|1.5b|7b|nano")]
+    """Which model's sizes."""
+    out: str
+    """The folder to write."""
+    seed: int = 0
+    """Draws the weights."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Format of the weights; BatchNorm stays in float32."""
+    overwrite: bool = False
+    """Replace a folder that is there."""
+
+    def __post_init__(self) -> None:
+        """Check the seed.
+
+        Raises:
+            InputError: It is out of its range.
+        """
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be between 0 and {2**63 - 1}, got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Rewrite a checkpoint in another layout."""
+
+    model: Annotated[str, arg(aliases=("--model-path",))]
+    """Short name, or a checkpoint folder in any layout we read."""
+    to: Literal["hf", "apple", "mlx"]
+    """transformers' layout (which is ours), that of Apple's code, or mlx-vlm's."""
+    out: str
+    """The folder to write."""
+    vision: str | None = None
+    """A second folder or file with the vision encoder, for Apple's iOS bundles."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Convert the weights; by default each stays as stored. BatchNorm stays in float32."""
+    overwrite: bool = False
+    """Replace a folder that is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Check that this machine can run fastvlm: one line a check, ok, warn or FAIL."""
+
+    device: str = "auto"
+    """The device to check: auto, cpu, cuda, cuda:N or mps."""
+    json: bool = False
+    """Print a JSON list of the checks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSynthOptions:
+    """Draw nano's pictures and questions: a folder of pictures and a LLaVA JSON that `fastvlm train --data` reads."""
+
+    out: str
+    """The folder to write."""
+    num: int = 100
+    """How many pictures."""
+    seed: int = 0
+    """The same seed draws the same pictures."""
+    split: Literal["train", "heldout"] = "train"
+    """`heldout` uses fonts, words and wordings that training never sees."""
+    task: Literal["counting", "reading", "emoji", "description", "yes_no", "colour", "place"] | None = None
+    """Draw one task only."""
+    image_size: int = 256
+    """Pictures are about as large as this: the side that the model will see."""
+    assets: str | None = None
+    """Folder of fonts and emoji; by default the one that `fastvlm data assets` fills."""
+    preview: bool = False
+    """Also write preview.png, a contact sheet of the first pictures."""
+
+    def __post_init__(self) -> None:
+        """Check each number's range.
+
+        Raises:
+            InputError: A value is out of its range.
+        """
+        if not 1 <= self.num <= 10_000_000:
+            raise InputError(f"num must be between 1 and 10000000, got {self.num}")
+        if not 64 <= self.image_size <= 4096:
+            raise InputError(f"image_size must be between 64 and 4096, got {self.image_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataAssetsOptions:
+    """Fetch the pinned fonts, emoji and words that nano's pictures are drawn from (needs npm)."""
+
+    folder: str | None = None
+    """Where they go; by default FASTVLM_ASSETS, or a folder of this user's cache."""
+    quiet: bool = False
+    """No progress lines."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Measure a model on pictures and questions that no training has seen."""
+
+    model: str = "nano"
+    """Short name, hub id, or a folder with a checkpoint."""
+    tasks: tuple[str, ...] = ("nano",)
+    """`nano` for all seven, or any of counting, reading, emoji, description, yes_no, colour, place."""
+    num_samples: int = 1000
+    """Pictures a task."""
+    seed: int = 0
+    """Which block of the held-out pictures; 0 is the one that is reported."""
+    output: str | None = None
+    """Write the results to this JSON file."""
+    samples: str | None = None
+    """Write each question, the right answer and the one given to this JSONL file."""
+    failures: str | None = None
+    """Write the pictures that were answered wrong to this folder."""
+    image_size: int | None = None
+    """Side of the square that the encoder sees; by default what the model says."""
+    max_new_tokens: int = 48
+    """Most tokens that an answer may have."""
+    batch_size: int = 32
+    """Pictures that are answered together."""
+    workers: int = 1
+    """Processes that draw pictures while the model answers; 0 draws between the answers."""
+    assets: str | None = None
+    """Folder of fonts and emoji; by default the one that `fastvlm data assets` fills."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    dtype: str = "auto"
+    """Format of the arithmetic: auto, float32 or bfloat16."""
+    quiet: bool = False
+    """No progress lines."""
+
+    def __post_init__(self) -> None:
+        """Check each number's range.
+
+        Raises:
+            InputError: A value is out of its range.
+        """
+        ranges = {
+            "num_samples": (1, 1_000_000),
+            "seed": (0, 1_000_000),
+            "max_new_tokens": (1, 1_000_000),
+            "batch_size": (1, 100_000),
+            "workers": (0, 1024),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise InputError(f"{name} must be between {low} and {high}, got {value!r}")
+        if not self.tasks:
+            raise InputError("no tasks given; name at least one, for example nano")

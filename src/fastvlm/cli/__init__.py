@@ -1,0 +1,181 @@
+"""The `fastvlm` command: a verb, its options, an exit status.
+
+0 is success, 2 an error that the user can mend (one line on standard error), 1 a bug of ours, 130 Ctrl-C, 143 SIGTERM,
+141 when whoever read the output went away. Nothing heavy is imported before a verb runs.
+"""
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import FrameType
+from typing import Any
+
+from fastvlm.cli.output import Output, logging_to
+from fastvlm.errors import FastVLMError, InputError
+
+OK, BUG, ERROR, INTERRUPTED, UNREAD, TERMINATED = 0, 1, 2, 130, 141, 143
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command: what it does in a few words, and where its options and its code are."""
+
+    summary: str
+    options: str
+    """Name of a class in `fastvlm.options`."""
+    run: str
+    """`module:function`, called with the options and the output."""
+
+
+VERBS = {
+    "predict": Verb("answer a question about pictures", "PredictOptions", "fastvlm.cli.predict:run"),
+    "chat": Verb("talk about pictures, turn by turn", "ChatOptions", "fastvlm.cli.chat:run"),
+    "models list": Verb("nano and Apple's models, and which are here", "ModelsListOptions", "fastvlm.cli.models:list_"),
+    "models show": Verb("all that is known of one model", "ModelsShowOptions", "fastvlm.cli.models:show"),
+    "models pull": Verb("download one of Apple's models", "ModelsPullOptions", "fastvlm.cli.models:pull"),
+    "models init": Verb("write a model of random weights", "ModelsInitOptions", "fastvlm.cli.models:init"),
+    "convert": Verb("rewrite a checkpoint for other programs", "ConvertOptions", "fastvlm.cli.models:convert"),
+    "train": Verb("train a model", "TrainOptions", "fastvlm.cli.train:run"),
+    "eval": Verb("measure a model", "EvalOptions", "fastvlm.cli.evaluate:run"),
+    "data assets": Verb("fetch the fonts and emoji of nano's pictures", "DataAssetsOptions", "fastvlm.cli.data:assets"),
+    "data synth": Verb("draw nano's pictures and questions", "DataSynthOptions", "fastvlm.cli.data:synth"),
+    "doctor": Verb("check that this machine is ready", "DoctorOptions", "fastvlm.cli.doctor:run"),
+}
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    is_debug = "--debug" in args or os.environ.get("FASTVLM_DEBUG", "") not in ("", "0")
+    output = Output(sys.stdout, sys.stderr)
+    try:
+        with _terminable(), _quiet(is_debug), logging_to(output, is_debug=is_debug):
+            _dispatch([arg for arg in args if arg != "--debug"], output)
+    except FastVLMError as error:
+        return _fail(output, f"fastvlm: error: {_one_line(error)}", ERROR, is_debug=is_debug)
+    except KeyboardInterrupt:
+        return _fail(output, "fastvlm: interrupted", INTERRUPTED, is_debug=False)
+    except _Terminated:
+        return _fail(output, "fastvlm: terminated", TERMINATED, is_debug=False)
+    except BrokenPipeError:
+        output.drop()
+        return UNREAD
+    except Exception as error:  # noqa: BLE001  (here ends what nobody else could explain)
+        if (reason := _circumstance(error)) is not None:
+            return _fail(output, f"fastvlm: error: {reason}", ERROR, is_debug=is_debug)
+        what = f"{type(error).__name__}: {_one_line(error)}"
+        hint = "this is a bug of fastvlm; FASTVLM_DEBUG=1 shows where it is"
+        return _fail(output, f"fastvlm: bug: {what}; {hint}", BUG, is_debug=is_debug)
+    return OK
+
+
+def _dispatch(args: Sequence[str], output: Output) -> None:
+    if not args or args[0] in ("-h", "--help", "help"):
+        output.write(_help(""))
+        return
+    if args[0] in ("-V", "--version", "version"):
+        output.line(f"fastvlm {importlib.import_module('fastvlm').__version__}")
+        return
+    name, rest = _verb(args)
+    if name not in VERBS:
+        output.write(_help(name))
+        return
+    verb = VERBS[name]
+    flags = importlib.import_module("fastvlm.cli.flags")
+    kind = getattr(importlib.import_module("fastvlm.options"), verb.options)
+    try:
+        options = flags.parse(kind, rest, f"fastvlm {name}")
+    except flags.HelpAsked as asked:
+        output.write(str(asked))
+        return
+    module, _, function = verb.run.partition(":")
+    getattr(importlib.import_module(module), function)(options, output)
+
+
+def _verb(args: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The verb, of one word or two, and what follows; a lone first word of two asks for help about it."""
+    word = args[0]
+    if word in VERBS:
+        return word, args[1:]
+    seconds = [name.partition(" ")[2] for name in VERBS if name.startswith(f"{word} ")]
+    if not seconds:
+        words = list(dict.fromkeys(name.partition(" ")[0] for name in VERBS))
+        close = get_close_matches(word, words, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(words)}"
+        raise InputError(f"there is no command {word[:200]!r}; {hint}")
+    if len(args) == 1 or args[1] in ("-h", "--help"):
+        return word, ()
+    if args[1] not in seconds:
+        raise InputError(f"there is no command '{word} {args[1][:200]}'; expected {word} {'|'.join(seconds)}")
+    return f"{word} {args[1]}", args[2:]
+
+
+def _help(prefix: str) -> str:
+    """What there is, or what there is behind one word."""
+    lines = [f"usage: fastvlm {prefix or 'COMMAND'} [...]", ""]
+    if not prefix:
+        lines += ["A picture and a question in, the answer out.", ""]
+    lines += [f"  {name:<13} {verb.summary}" for name, verb in VERBS.items() if name.startswith(prefix)]
+    lines += ["", "`fastvlm COMMAND --help` shows a command's options."]
+    if not prefix:
+        lines += ["", "  fastvlm predict --image cat.jpg --prompt 'What is this?'"]
+        lines += ["", "--version prints the version; --debug, or FASTVLM_DEBUG=1, shows where an error comes from."]
+    return "\n".join(lines) + "\n"
+
+
+def _circumstance(error: Exception) -> str | None:
+    """What to say about an error that is nobody's bug: the disk, the memory, the rights."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
+        return "not enough memory; use a smaller model, --image-size or --max-new-tokens"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _fail(output: Output, line: str, status: int, *, is_debug: bool) -> int:
+    if is_debug:
+        output.note(traceback.format_exc().rstrip())
+    output.note(line)
+    return status
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does: files and locks are put in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before: Any = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _quiet(is_debug: bool) -> Iterator[None]:
+    """Keep other packages' warnings to ourselves: the user can do nothing about them."""
+    with warnings.catch_warnings():
+        if not is_debug:
+            warnings.simplefilter("ignore")
+        yield
