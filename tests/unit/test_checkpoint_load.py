@@ -132,6 +132,13 @@ def test_apples_layout_keeps_the_clip_head_and_its_padding():
     assert not loaded.model.training
 
 
+@pytest.mark.parametrize(("value", "fit"), [("pad", "pad"), ("square", "crop"), (None, "crop")])
+def test_apples_layout_crops_unless_it_says_pad(value, fit, tmp_path):
+    folder = write(tmp_path / "folder", "apple_tiny", image_aspect_ratio=value)
+
+    assert checkpoint.load(folder).model.config.vision.fit == fit
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [

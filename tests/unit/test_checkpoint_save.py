@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastvlm import checkpoint
-from fastvlm.checkpoint.reading import INDEX
+from fastvlm.checkpoint.reading import DTYPES, INDEX, read_header
 from fastvlm.errors import CheckpointError
 from fastvlm.model import fold
 
@@ -123,6 +123,13 @@ def test_the_safetensors_library_reads_our_files(apple, tmp_path):
         assert file.metadata() == {"format": "pt"}
         name = "model.language_model.norm.weight"
         assert torch.equal(file.get_tensor(name), apple.model.language.norm.weight)
+
+
+def test_every_tensor_is_aligned_in_its_file(training_form, apple, tmp_path):
+    folder = checkpoint.save(training_form, apple.tokenizer, tmp_path / "out", dtype=torch.bfloat16)
+
+    for entry in read_header(folder / "model.safetensors").values():
+        assert entry.start % DTYPES[entry.dtype].itemsize == 0
 
 
 def test_the_placeholder_gets_a_row_when_the_table_ends_with_the_tokenizer(apple, tmp_path):
