@@ -64,7 +64,7 @@ def run(options: EvalOptions, report: Callable[[Progress], None] | None = None) 
     done, total, lap = 0, options.num_samples * len(tasks), start
     for task, items in _drawn(options, assets, tasks):
         texts = answer(predictor, items, options)
-        answered[task.name] += [_mark(task, item, text) for item, text in zip(items, texts, strict=True)]
+        answered[task.name] += [mark(task, item, text) for item, text in zip(items, texts, strict=True)]
         if options.failures:
             _keep_failures(Path(options.failures), answered[task.name][-len(items) :], items)
         seconds[task.name] += time.perf_counter() - lap
@@ -161,17 +161,18 @@ def _taken(waiting: deque[tuple[Task, Future[list[Item]]]]) -> tuple[Task, list[
     return task, future.result()
 
 
-def _mark(task: Task, item: Item, text: str) -> Answered:
+def mark(task: Task, item: Item, text: str) -> Answered:
+    """Compare an answer with the right one, in every way that the task knows."""
     sample = item.sample
-    mark = task.mark(text, sample)
+    points = task.mark(text, sample)
     return Answered(
         task=task.name,
         seed=item.seed,
         prompt=sample.turns[0].question,
         expected=sample.turns[0].answer,
         got=text,
-        correct=task.is_right(mark),
-        mark=mark,
+        correct=task.is_right(points),
+        mark=points,
         also={name: marker(text, sample) for name, marker in task.also.items()},
         buckets={name: label for name, bucket in task.buckets.items() if (label := bucket(sample)) is not None},
         digest=item.digest,
