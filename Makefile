@@ -46,7 +46,7 @@ bench: $(READY)
 
 numbers: $(READY)
 	$(BIN)/fastvlm data assets
-	$(BIN)/fastvlm eval --tasks nano
+	$(BIN)/fastvlm eval --tasks nano --output benchmarks/results/nano.json
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel --no-isolation

@@ -13,6 +13,7 @@ import torch
 
 from fastvlm.checkpoint.load import load
 from fastvlm.checkpoint.save import new_folder, save
+from fastvlm.checkpoint.zoo import resolve
 from fastvlm.device import Placement, flush_denormals, place
 from fastvlm.errors import InputError
 from fastvlm.model.fastvlm import FastVLM
@@ -85,7 +86,7 @@ def _start(options: TrainOptions) -> tuple[FastVLM, Tokenizer]:
     if options.model == FRESH:
         tokenizer = Tokenizer.from_json(json.dumps(nano_tokenizer()), origin="nano's tokenizer")
         return fresh_model(fresh_config("nano", tokenizer, options.image_size), options.seed), tokenizer
-    checkpoint = load(options.model, dtype=torch.float32)
+    checkpoint = load(resolve(options.model), dtype=torch.float32)
     model = checkpoint.model
     if options.image_size is not None:
         model.config = replace(model.config, vision=replace(model.config.vision, image_size=options.image_size))
