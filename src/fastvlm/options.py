@@ -106,7 +106,7 @@ class GenerationOptions:
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise InputError(f"{name} must be between {low:g} and {high:g}, got {value!r}")
+                raise InputError(f"{name} must be between {low} and {high}, got {value!r}")
         if "" in self.stop:
             raise InputError("a stop string is empty; give at least one character")
         if self.num_beams > 1 and self.temperature > 0:

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -114,9 +114,8 @@ def _message(text: str, kind: type, args: Sequence[str]) -> str:
         return f"{_last(match[1])} needs a value"
     if match := re.match(r"Error parsing (\S+): (.*)", line):
         return _bad_value(match[1], match[2], kind, args)
-    if match := re.match(r"invalid choice '(.*)' for argument '([^']*)'\. Expected one of \((.*?),?\)\.", line):
-        choices = ", ".join(choice for choice in re.findall(r"'([^']*)'", match[3]) if choice != "None")
-        return f"{_last(match[2])} must be one of {choices}, got {match[1]!r}"
+    if match := re.match(r"invalid choice '(.*)' for argument '([^']*)'", line):
+        return f"{_last(match[2])} must be one of {', '.join(_choices(match[2], kind))}, got {match[1]!r}"
     if line.startswith("Missing from"):
         return f"needs {' and '.join(_missing(line, kind)) or 'more arguments'}"
     return line or "the arguments cannot be read"
@@ -136,6 +135,19 @@ def _missing(line: str, kind: type) -> list[str]:
         elif any(re.search(rf"\s{re.escape(name)}\s", line) for name in names):
             found.append(names[0])
     return found
+
+
+def _choices(spellings: str, kind: type) -> list[str]:
+    """What a flag may be, in the order in which it is written; tyro forgets it."""
+    names = [name.removeprefix("--") for name in re.split(r"[/, ]+", spellings)]
+    hints = [hint for spelling, _, hint in flags(kind) if spelling.removeprefix("--") in names]
+    return [choice for choice in _words_of(hints[0]) if choice != "None"] if hints else ["the choices"]
+
+
+def _words_of(hint: Any) -> list[str]:
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [word for part in get_args(hint) for word in _words_of(part)]
 
 
 def _last(spellings: str) -> str:

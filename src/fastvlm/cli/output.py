@@ -11,6 +11,9 @@ from typing import Any, TextIO
 
 from fastvlm.errors import InputError
 
+_CONTROLS = dict.fromkeys([*(code for code in range(32) if chr(code) not in "\n\t"), *range(127, 160)], "\ufffd")
+"""What an answer may not do to a terminal: move its cursor, set its title, type into it."""
+
 
 class Output:
     """Where a command's results and its remarks go."""
@@ -32,7 +35,7 @@ class Output:
         if self._out is None:
             return
         try:
-            self._out.write(text)
+            self._out.write(text.translate(_CONTROLS) if self._out.isatty() else text)
             self._out.flush()
         except BrokenPipeError:
             raise

@@ -1,0 +1,69 @@
+"""What every test may rely on: a home of its own, no network but this machine, the same random numbers each time."""
+
+import os
+import random
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastvlm.synth.assets import default_folder
+
+GOLDENS = Path(__file__).parent / "goldens"
+ASSETS = default_folder()  # before the tests' own home: fonts and emoji are fetched once a machine
+LOCAL = ("127.", "::1", "localhost")
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory, monkeypatch):
+    """Nothing of the user's is read or written; `FASTVLM_*` of the outer shell does not count."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("HOME", "USERPROFILE", "LOCALAPPDATA", "XDG_CACHE_HOME", "HF_HOME"):
+        monkeypatch.setenv(name, str(home))
+    for name in ("FASTVLM_MODELS", "FASTVLM_ZOO_URL", "FASTVLM_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FASTVLM_ASSETS", str(ASSETS))
+    return home
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Connections leave this process only to this machine."""
+    connect = socket.socket.connect
+
+    def connect_here(self, address):
+        if isinstance(address, tuple) and not str(address[0]).startswith(LOCAL):
+            raise AssertionError(f"a test connects to {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_here)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    random.seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def goldens():
+    return GOLDENS
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A checkpoint folder of under two million weights, in Apple's layout; it is read, never changed."""
+    return GOLDENS / "apple_tiny"
+
+
+@pytest.fixture(scope="session")
+def photo():
+    return GOLDENS / "images" / "photo.jpg"
+
+
+@pytest.fixture
+def quiet_environment():
+    """The environment for a child process that must not depend on this one's settings."""
+    dropped = ("PYTHON", "FASTVLM_", "NO_COLOR", "COLUMNS")
+    return {name: value for name, value in os.environ.items() if not name.startswith(dropped)}

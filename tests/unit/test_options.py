@@ -1,0 +1,79 @@
+"""Options: what one run does, checked when it is made."""
+
+import dataclasses
+import inspect
+
+import pytest
+
+from fastvlm import options
+from fastvlm.errors import FastVLMError, InputError
+
+KINDS = [kind for _, kind in inspect.getmembers(options, dataclasses.is_dataclass)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_options_are_frozen_and_named(kind):
+    settings = kind.__dataclass_params__
+
+    assert settings.frozen
+    assert all(field.kw_only for field in dataclasses.fields(kind))
+    assert inspect.getdoc(kind)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": True},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"presence_penalty": -101},
+        {"frequency_penalty": 101},
+        {"num_beams": 0},
+        {"num_beams": 2, "temperature": 0.5},
+        {"stop": ("",)},
+    ],
+)
+def test_generation_options_refuse_what_is_out_of_range(values):
+    with pytest.raises(InputError):
+        options.GenerationOptions(**values)
+
+
+@pytest.mark.parametrize("values", [{"image_size": 0}, {"image_size": 99_999}, {"max_pixels": 0}, {"fit": "zoom"}])
+def test_image_options_refuse_what_is_out_of_range(values):
+    with pytest.raises(InputError):
+        options.ImageOptions(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "nothing to ask"),
+        ({"video": "a.gif", "image": ("b.png",)}, "do not go together"),
+        ({"video": "a.gif", "frames": 0}, "frames must be between"),
+        ({"image": ("-", "-")}, "standard input can be read once"),
+    ],
+)
+def test_predict_options_refuse_what_does_not_go_together(values, words):
+    with pytest.raises(InputError, match=words):
+        options.PredictOptions(**values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (options.ModelsInitOptions, {"preset": "nano", "out": "o", "seed": -1}),
+        (options.DataSynthOptions, {"out": "o", "num": 0}),
+        (options.DataSynthOptions, {"out": "o", "image_size": 8}),
+        (options.LoadOptions, {"model_base": "b"}),
+    ],
+)
+def test_commands_refuse_what_is_out_of_range(kind, values):
+    with pytest.raises(FastVLMError):
+        kind(**values)
