@@ -122,7 +122,10 @@ def score(hits: Sequence[float], totals: Sequence[float] | None = None, *, seed:
     below = np.ones_like(above) if totals is None else np.asarray(totals, np.float64)
     if len(above) != len(below) or not below.sum() > 0:
         raise ValueError(f"{len(hits)} hits and {len(below)} totals make no share")
-    draws = np.random.default_rng(seed).integers(0, len(above), (RESAMPLES, len(above)))
-    shares = above[draws].sum(1) / np.maximum(below[draws].sum(1), 1e-12)
+    rng, size = np.random.default_rng(seed), len(above)
+    shares = []
+    for _ in range(RESAMPLES):  # one at a time: all at once would take the memory of 2,000 samples a sample
+        drawn = rng.integers(0, size, size)
+        shares.append(above[drawn].sum() / max(below[drawn].sum(), 1e-12))
     low, high = np.percentile(shares, (2.5, 97.5))
     return Score(value=float(above.sum() / below.sum()), low=float(low), high=float(high), num_samples=len(above))

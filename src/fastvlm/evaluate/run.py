@@ -7,6 +7,7 @@ import hashlib
 import multiprocessing
 import platform
 import re
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -145,7 +146,12 @@ def _drawn(options: EvalOptions, assets: Path, tasks: Sequence[Task]) -> Iterato
         return
     with ExitStack() as stack:
         # Spawned, not forked: this process already has the model's threads.
-        pool = ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn"))
+        pool = ProcessPoolExecutor(
+            options.workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=signal.signal,  # Ctrl-C is for this process, which then ends the others
+            initargs=(signal.SIGINT, signal.SIG_IGN),
+        )
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         waiting: deque[tuple[Task, Future[list[Item]]]] = deque()
         for task, chunk in jobs:
