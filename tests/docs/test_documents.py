@@ -1,6 +1,7 @@
 """What the documents say is so: snippets run, commands parse, quoted help is the help, links lead somewhere."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -36,7 +37,7 @@ def blocks(path, *languages):
 def commands(path):
     """Every `fastvlm ...` of a document, whether in a block or in a line, as words."""
     text = path.read_text(encoding="utf-8")
-    lines = "\n".join(blocks(path, "sh")).replace("\\\n", " ").splitlines()
+    lines = "\n".join(blocks(path, "sh", "")).replace("\\\n", " ").splitlines()
     lines += [line[2:] for block in blocks(path, "console") for line in block.splitlines() if line.startswith("$ ")]
     lines += re.findall(r"`(fastvlm [^`]+)`", BLOCK.sub("", text))
     spoken = [line.partition("  #")[0].partition(" | ")[0] for line in lines]
@@ -140,6 +141,15 @@ def test_tests_that_documents_name_exist(path):
 
     for word in re.findall(r"\b(test_\w+(?:\.py)?)", path.read_text(encoding="utf-8")):
         assert word in known | functions, f"{name_of(path)} names {word}"
+
+
+@pytest.mark.parametrize("path", READMES, ids=name_of)
+def test_the_readme_shows_the_examples_as_they_are(path):
+    text = path.read_text(encoding="utf-8")
+
+    for file in (ROOT / "examples" / "images").glob("*.json"):
+        example = json.loads(file.read_text(encoding="utf-8"))
+        assert f"{example['prompt']} **{example['answer']}**" in text
 
 
 @needs_nano

@@ -49,8 +49,8 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def place(wheel, tmp_path_factory):
-    """Programs of an environment that holds the wheel and its dependencies; its path is an awkward one."""
-    folder = tmp_path_factory.mktemp("new") / "an \u00e9mpty environment"
+    """Programs of an environment that holds the wheel and its dependencies; its path has spaces."""
+    folder = tmp_path_factory.mktemp("new") / "an empty environment"
     venv.create(folder, with_pip=True)
     programs = folder / ("Scripts" if os.name == "nt" else "bin")
     installed = run(
@@ -109,7 +109,7 @@ def test_the_installed_wheel_answers_however_python_is_started(place, flags, env
     assert result.stderr == ""
 
 
-def test_an_environment_that_cannot_be_written_is_enough(place, tmp_path):
+def test_running_writes_nothing_into_the_environment(place, tmp_path):
     home = tmp_path / "home"
     home.mkdir()
     site = next(place.parent.rglob("site-packages"))
