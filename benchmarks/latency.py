@@ -54,9 +54,8 @@ def main() -> None:
     """Measure both models; print and write what came out."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "0.5b"
-        subprocess.run(
-            [sys.executable, "-m", "fastvlm", "models", "init", "0.5b", "--seed", "0", "--out", str(folder)], check=True
-        )
+        command = [sys.executable, "-m", "fastvlm", "models", "init", "0.5b", "--seed", "0", "--out", str(folder)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         rows = [measure("nano", "nano"), measure("0.5b, random weights", str(folder))]
     machine = str(rows[0]["hardware"])
     results = {
