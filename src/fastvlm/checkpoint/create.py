@@ -43,6 +43,9 @@ def init_checkpoint(  # noqa: PLR0913
         raise CheckpointError(f"there is no preset {preset!r}; expected one of {', '.join(PRESETS)}")
     tokenizer = tokenizer or nano_tokenizer()
     config = replace(PRESETS[preset], image_token_id=tokenizer.image_id)
+    if preset == "nano" and tokenizer.vocab_size > config.language.vocab_size:
+        rows = -(-(tokenizer.vocab_size + 1) // 64) * 64  # as training fits it to its tokenizer
+        config = replace(config, language=replace(config.language, vocab_size=rows))
     if tokenizer.vocab_size > config.language.vocab_size:
         rows = config.language.vocab_size
         raise CheckpointError(f"{tokenizer.origin} has {tokenizer.vocab_size} ids, {preset} has {rows} rows")
