@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastvlm import cli
+from fastvlm.checkpoint.zoo import NANO_FOLDER
 
 FC1 = "model.mm_projector.0.weight"
 
@@ -256,3 +257,8 @@ def test_a_folder_with_something_in_it_is_not_written(complaint, folder, tiny):
     complaint("models", "init", "nano", "--out", folder)
 
     assert (folder / "words.txt").read_text() == "words"
+
+
+@pytest.mark.skipif(not (NANO_FOLDER / "config.json").is_file(), reason="nano is not in this tree")
+def test_where_nano_would_have_introduced_itself_the_complaint_is_the_only_line(complaint, folder):
+    assert "damaged" in complaint("predict", "--image", folder / "cut.png")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastvlm.chat import Conversation, Surroundings
 from fastvlm.cli.output import Output
-from fastvlm.cli.predict import load_model, speed
+from fastvlm.cli.predict import INTRODUCTION, load_model, speed
 from fastvlm.cli.sources import STDIN, read_image
 from fastvlm.errors import InputError
 from fastvlm.image import read
@@ -40,7 +40,7 @@ def run(options: ChatOptions, output: Output) -> None:
         if not is_quiet:
             output.note(speed(answer))
 
-    predictor = load_model(options.loading, output, is_quiet=options.quiet)
+    predictor = load_model(options.loading, is_quiet=options.quiet)
     conversation = Conversation(
         predictor,
         Surroundings(
@@ -56,6 +56,8 @@ def run(options: ChatOptions, output: Output) -> None:
     )
     for source in options.image:
         conversation.add_image(source)
+    if options.loading.model is None and not options.quiet:
+        output.note(INTRODUCTION)
     if not is_quiet:
         output.note("fastvlm: write a question; /image PATH adds a picture, /help shows more, Ctrl-D ends")
     conversation.run(_typed(output) if is_interactive else _piped())

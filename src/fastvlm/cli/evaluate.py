@@ -1,5 +1,7 @@
 """`fastvlm eval`."""
 
+from tqdm import tqdm  # type: ignore[import-untyped]
+
 from fastvlm.cli.output import Output
 from fastvlm.evaluate.report import render
 from fastvlm.evaluate.run import Progress
@@ -8,10 +10,13 @@ from fastvlm.options import EvalOptions
 
 
 def run(options: EvalOptions, output: Output) -> None:
-    """Measure; progress goes to standard error, the table to standard output."""
+    """Measure; a bar goes to standard error where that is a terminal, the table to standard output."""
+    with tqdm(unit=" pictures", leave=False, disable=not output.shows_progress) as bar:
 
-    def report(progress: Progress) -> None:
-        if output.shows_progress:
-            output.note(f"fastvlm: {progress.task}: {progress.done} of {progress.total}")
+        def report(progress: Progress) -> None:
+            bar.total = progress.total
+            bar.set_description(progress.task, refresh=False)
+            bar.update(progress.done - bar.n)
 
-    output.line(render(run_evaluation(options, report)).rstrip())
+        results = run_evaluation(options, report)
+    output.line(render(results).rstrip())

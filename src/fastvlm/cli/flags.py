@@ -191,7 +191,8 @@ def _plain(text: str) -> str:
             rows.append(row.rstrip())
         else:
             rows += textwrap.wrap(row, _WIDTH, subsequent_indent="  " * row.startswith("usage:")) or [""]
-    plain = _NO_DEFAULT.sub("", _MAYBE_NONE.sub(_without_none, "\n".join(rows)))
+    text = re.sub(r"\(repeatable,\s+appends\s+to:", "(repeatable; default:", "\n".join(rows))
+    plain = _NO_DEFAULT.sub("", _MAYBE_NONE.sub(_without_none, text))
     return re.sub(r" +\n", "\n", re.sub(r"\n{3,}", "\n\n", plain)).strip() + "\n"
 
 

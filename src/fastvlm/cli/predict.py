@@ -1,5 +1,6 @@
 """`fastvlm predict`: one question, its answer on standard output."""
 
+import logging
 import time
 from dataclasses import asdict, dataclass, replace
 
@@ -13,9 +14,9 @@ from fastvlm.predict import Answer, ImageSource, Predictor, load
 DEFAULT_MODEL = "nano"
 DEFAULT_PROMPT = "Describe the image."
 VIDEO_SIZE = 512
-_NANO = (
-    "nano answers: a small model that counts things, reads short handwriting, names emoji and describes simple "
-    "drawings; for Apple's models: fastvlm models pull 0.5b, then --model 0.5b"
+INTRODUCTION = (
+    "fastvlm: nano answers: a small model that counts things, reads short handwriting, names emoji and describes "
+    "simple drawings; for Apple's models: fastvlm models pull 0.5b, then --model 0.5b"
 )
 
 
@@ -30,7 +31,7 @@ def run(options: PredictOptions, output: Output) -> None:
     """Answer, streaming; or print one JSON object."""
     _check_text(options)
     sources = _read_sources(options)
-    predictor = load_model(options.loading, output, is_quiet=options.quiet or options.json)
+    predictor = load_model(options.loading, is_quiet=options.quiet or options.json)
     stream = predictor.stream(
         DEFAULT_PROMPT if options.prompt is None else options.prompt,
         sources.images,
@@ -41,17 +42,21 @@ def run(options: PredictOptions, output: Output) -> None:
     if options.json:
         output.json(asdict(_with_fetching(stream.finish(), sources.fetch_ms)))
         return
+    is_introduced = options.quiet or options.loading.model is not None
     for piece in stream:
+        if not is_introduced:  # not before: what goes wrong is to be the only line
+            output.note(INTRODUCTION)
+            is_introduced = True
         output.write(piece)
     output.line()
     if not options.quiet:
         output.note(speed(_with_fetching(stream.finish(), sources.fetch_ms)))
 
 
-def load_model(options: LoadOptions, output: Output, *, is_quiet: bool) -> Predictor:
-    """Load the model that was asked for, or nano, and say so."""
-    if options.model is None and not is_quiet:
-        output.note(f"fastvlm: {_NANO}")
+def load_model(options: LoadOptions, *, is_quiet: bool) -> Predictor:
+    """Load the model that was asked for, or nano; quietly means without warnings."""
+    if is_quiet:
+        logging.getLogger("fastvlm").setLevel(logging.ERROR)
     name = DEFAULT_MODEL if options.model is None else options.model
     return load(name, device=options.device, dtype=options.dtype, vision=options.vision)
 
