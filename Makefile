@@ -31,10 +31,10 @@ demo: $(READY)
 	@$(BIN)/python examples/predict.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto -m '$(QUICK)'
+	$(BIN)/python -m pytest -n auto --dist loadgroup -m '$(QUICK)'
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 check: $(READY)
 	$(BIN)/ruff format --check .
