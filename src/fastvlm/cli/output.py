@@ -40,6 +40,7 @@ class Output:
         except BrokenPipeError:
             raise
         except OSError as error:
+            self.drop()
             raise InputError(f"standard output: cannot be written ({error.strerror})") from error
 
     def line(self, text: str = "") -> None:
