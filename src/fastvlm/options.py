@@ -41,6 +41,8 @@ class TrainOptions:
     """Positions of a row, image embeddings included."""
     workers: int = 2
     """Processes that draw or read pictures; 0 does it between the steps."""
+    freeze_vision: bool = False
+    """Leave the vision encoder as it is, parameters and BatchNorm statistics; projector and language model learn."""
     seed: int = 0
     """Of the first weights and of the order and content of the data."""
     device: str = "auto"

@@ -41,14 +41,17 @@ class FastVLM(nn.Module):
             image_embeds = text_embeds.new_zeros(0, text_embeds.shape[-1])
         return merge(text_embeds, image_embeds, is_image)
 
-    def forward(self, token_ids: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """Return all logits `(B, T, V)` for token ids `(B, T)` and pixels `(P, 3, H, W)`: what training needs.
+    def forward(self, token_ids: Tensor, pixels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """Return all logits `(B, T, V)` for token ids `(B, T)` and pictures: what training needs.
 
-        The caller has seen to it that there is a placeholder for each image embedding.
+        The pictures come as pixels `(P, 3, H, W)`, or as features `(P, N, C)` that a frozen encoder made of them. The
+        caller has seen to it that there is a placeholder for each image embedding.
         """
         embeds, is_image = self._embed_text(token_ids)
         if pixels is not None:
-            embeds = scatter(embeds, self.encode(pixels), is_image)
+            features = self.vision(pixels)
+        if features is not None:
+            embeds = scatter(embeds, self.projector(features), is_image)
         return self.language.head(self.language(embeds))
 
     def _embed_text(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:

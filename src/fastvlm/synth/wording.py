@@ -1,5 +1,6 @@
 """How people ask: question templates, those that training sees and those kept for evaluation."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
@@ -16,15 +17,40 @@ MASS = frozenset(kind.name for kind in KINDS if kind.name == kind.plural and kin
 
 @dataclass(frozen=True)
 class Wordings:
-    """Templates of one family of questions; `{things}`, `{thing}` and `{a_thing}` are filled in."""
+    """Templates of one family of questions; `{things}`, `{thing}` and `{a_thing}` are filled in.
+
+    `patterns` are further ones for training, written with alternatives as in "[Count|Number] the {things}[ here|]".
+    """
 
     train: tuple[str, ...]
     heldout: tuple[str, ...]
     train_endings: tuple[str, ...] = ()
     heldout_endings: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
 
+
+_PICTURE = "[picture|image|photo|photograph|drawing|scene|page|illustration|screenshot|photo|picture|image]"
+_IN = f"[in|on|inside|within|in] [the|this|that|the|this] {_PICTURE}"
+_HERE = f"[here|{_IN}|{_IN}|]"
+_SHOWN = "[shown|visible|present|drawn|depicted|pictured|displayed|to be seen|on display]"
+_TELL = "[Tell me|Say|Please say|Please tell me|Give|Give me|State|Report|Work out|Let me know|Write|I want to know|I would like to know|Could you tell me|Can you tell me|Do you know|Find out]"
+_YOU_SEE = "[do you see|can you see|can you find|do you find|can you spot|do you spot|do you notice|would you count|are you able to see|can be seen|can be found|could you find]"
 
 COUNTING = Wordings(
+    patterns=(
+        f"How many {{things}} [are|are there|are {_SHOWN}|exist|appear|{_YOU_SEE}|can one count|did someone draw|did somebody put|were drawn|are there in total|are there altogether] {_HERE}?",
+        f"How many {{things}} [does|do] [the|this|that] {_PICTURE} [show|contain|hold|have|include|display|depict]?",
+        f"{_TELL} how many {{things}} [there are|are there|are {_SHOWN}|you see|you can see|you find|you count|it has|it shows] {_HERE}.",
+        f"{_TELL} [the number|the count|the total|the exact number|the quantity|the amount] of {{things}} {_HERE}.",
+        f"What [is|would be] the [number|count|total number|total|quantity|exact number|amount] of {{things}} {_HERE}?",
+        f"What [number|quantity|amount|count] of {{things}} [is|is there|are {_SHOWN}|{_YOU_SEE}] {_HERE}?",
+        f"[Count|Please count|Now count|Try to count|Can you count|Could you count|Go ahead and count] [the|all the|all|every one of the|up the] {{things}} {_HERE}[| for me| and tell me the number| and give the result].",
+        f"[If you count|When you count|Counting|After counting] [the|all the|all] {{things}} {_HERE}, [what do you get|how many are there|what is the result|what number do you get|how many is that]?",
+        f"[Looking at|Look at|Consider|Check|From|Given|Based on] [the|this] {_PICTURE}, how many {{things}} [are there|do you see|are {_SHOWN}|can you count]?",
+        "{things} [count|number|total|amount]?",
+        f"[total|number of|count of|amount of] {{things}} {_HERE}",
+        "I [see|count|notice|can see] [several|some|a few|many] {things}. [How many|What is the number|Exactly how many are there]?",
+    ),
     train=(
         "How many {things} are there?",
         "How many {things} are in the picture?",
@@ -95,7 +121,22 @@ COUNTING = Wordings(
     heldout_endings=("Give only a number.", "Respond with digits only."),
 )
 
+_WRITING = "[text|writing|handwriting|word|words|note|message|letters|line|phrase|sentence|handwritten text|handwritten note|handwritten word|inscription|caption|content]"
+
 READING = Wordings(
+    patterns=(
+        f"[What|Which] {_WRITING} [is|is there|is written|is {_SHOWN}|can be read|can you read|do you read|do you see|was written|was written by hand|has been written|is handwritten|can one read] {_HERE}?",
+        f"What [did|has|does] [somebody|someone|the writer|the person|a person] [write|write down|write by hand|written|note down|written down] {_HERE}?",
+        f"What [is|was|has been] [written|written down|handwritten|noted|noted down|spelled out|printed|jotted down] {_HERE}?",
+        f"What [does|do] the {_WRITING} {_HERE} [say|read|spell|spell out|state]?",
+        f"[Please|Kindly|Now|Just|Could you|Can you|Would you] [read|transcribe|read out|copy|spell out|type|type out|write out|extract|give] [the|this] [exact |whole |complete |]{_WRITING} {_HERE}[| for me| to me].",
+        f"[Read|Transcribe|Read out|Copy|Spell out|Type|Type out|Write out|Extract|Give|Output|Return|Recognize|Recognise|Report] [the|this|all the|all] [exact |whole |]{_WRITING} {_HERE}[| for me| to me].",
+        f"{_TELL} [what is written|what it says|what the {_WRITING} says|what you read|what you can read|the {_WRITING}|what was written|the exact {_WRITING}] {_HERE}.",
+        f"[Looking at|Look at|Read|From|Check] [the|this] {_PICTURE}, what [does it say|is written|is the {_WRITING}]?",
+        "[I cannot|I can't|Help me to|Help me] read this[.|,] what does it say?",
+        f"{_WRITING}?",
+        "[Perform|Do|Run] [OCR|text recognition|handwriting recognition][| on this image| on the picture].",
+    ),
     train=(
         "What does the handwriting say?",
         "What does it say?",
@@ -169,6 +210,18 @@ READING = Wordings(
 )
 
 EMOJI = Wordings(
+    patterns=(
+        f"[Which|What] [emoji|emoji symbol|symbol|icon|emoticon|emoji|smiley] [is|is this|is it|is that|is {_SHOWN}|has been drawn|was drawn|was used|do you see|can you see|am I looking at|are you looking at|are we looking at|appears] {_HERE}?",
+        f"[Which|What] [emoji|thing|object|item|symbol|icon] [does|would] [the|this|that] {_PICTURE} [show|contain|depict|have|display|include]?",
+        "[What|How] would you [call|name|describe] [this|the|that] [emoji|thing|object|item|icon|symbol|picture][| in one word| here]?",
+        f"[Name|Please name|Identify|Please identify|Recognise|Recognize|Label|Say|Tell me|Give me the name of|Give the name of|State the name of|What is the name of] [the|this|that] [emoji|object|thing|item|icon|symbol] {_HERE}[| you are looking at| you see].",
+        "[What kind of|What sort of|Which kind of|What type of] [emoji|thing|object|item|icon] [is this|is it|is shown|do you see|is shown here|does this show|can you see]?",
+        "[Can|Could] you [say|tell|tell me|guess|identify|name|recognise|recognize] [what|which] [emoji|thing|object] [this is|it is|is shown|you see|the picture has|the photo has|this picture shows]?",
+        "[This|The|That|The one] [emoji|object|thing|picture|one] [is|shows|is called|is a|depicts] [what|which thing]?",
+        f"[What|Which] [animal, food or thing|animal or thing|thing or animal|one] [is this|is it|is shown|do you see] {_HERE}?",
+        f"{_TELL} [which emoji this is|what emoji this is|what this emoji is|the name of the emoji|what this is|what the emoji shows|which emoji you see] {_HERE}.",
+        "[name of|name|which|what is] [the|this] [emoji|object|thing]",
+    ),
     train=(
         "Which emoji is this?",
         "What emoji is this?",
@@ -230,6 +283,18 @@ EMOJI = Wordings(
 )
 
 DESCRIPTION = Wordings(
+    patterns=(
+        f"[Describe|Please describe|Briefly describe|Shortly describe|Now describe|Can you describe|Could you describe|Try to describe] [the contents of |the content of |everything in |all of |what you see in |what is in |what is shown in |][the|this|that] {_PICTURE}[| in English| briefly| for me| in one sentence| in a few words| in words| in detail].",
+        f"[What|Which things|Which objects|What things|What objects|What items] [is|are|do you see|can you see|is there|are there|are {_SHOWN}|is {_SHOWN}|can be seen|is going on|is to be seen] {_IN}?",
+        f"What [does|would you say] [the|this|that] {_PICTURE} [show|shows|contain|contains|depict|depicts|is about|is]?",
+        f"What [would you say|do you think] is [shown|depicted|pictured|drawn|visible] {_IN}?",
+        f"{_TELL} [what|everything that|all that] [is|you see|you find|can be seen|is shown|is to be seen] {_IN}.",
+        f"[List|Name|Enumerate|Mention] [what you see|everything you see|all things|the things|the objects|everything|the contents|what there is] {_IN}.",
+        f"[Give|Write|Provide|Make|Could you give me|Give me|Please write|I need] [a|a short|a brief|one short|a one-sentence] [description|caption|summary|title|account] [of|for] [the|this] {_PICTURE}.",
+        f"[Put|Express|Summarize|Summarise|Explain|Sum up|Report] [the|this] {_PICTURE} [in words|in one sentence|into words|briefly|in a few words].",
+        f"[What is|What's] [this|it|the {_PICTURE}|this {_PICTURE}] [a picture of|an image of|a photo of|showing|about|made of]?",
+        "[In|With|Using] [one sentence|a few words|one line|your own words|simple words], [what is in the image|what do you see|describe the picture|what is in this picture|what does the image show]?",
+    ),
     train=(
         "Describe the image.",
         "Describe the image in English.",
@@ -298,7 +363,21 @@ DESCRIPTION = Wordings(
     heldout_endings=("Keep your answer under 20 words.",),
 )
 
+_TRUE = "[Would you say|Is it true that|Is it right that|Is it correct that|Do you think that|Do you think|Can you confirm that|Would you agree that|Am I right that]"
+_YES_OR_NO = "[|||Yes or no: |Please answer: |True or false: |Tell me, |Question: ]"
+
 YES_NO_ONE = Wordings(
+    patterns=(
+        f"{_YES_OR_NO}[is|was] there [| maybe| perhaps] {{a_thing}} [|to be seen|anywhere|somewhere] {_HERE}?",
+        f"{_YES_OR_NO}[do|can|did] you [see|find|spot|notice|detect|make out] {{a_thing}} [|anywhere|somewhere] {_HERE}?",
+        f"{_YES_OR_NO}[does|would] [the|this|that] {_PICTURE} [show|contain|have|include|hold|depict|display|feature] {{a_thing}}[| anywhere| somewhere]?",
+        f"{_YES_OR_NO}[does this|does it] [show|contain|include|have|depict] {{a_thing}}?",
+        f"{_TRUE} there is {{a_thing}} {_HERE}?",
+        f"{_YES_OR_NO}[can|could] {{a_thing}} be [seen|found|spotted|made out] {_HERE}?",
+        f"{_YES_OR_NO}[has|was] {{a_thing}} [been drawn|drawn|been put|been shown|shown|included] {_HERE}?",
+        f"{_YES_OR_NO}is {{a_thing}} [{_SHOWN}|among the things|one of the things|part of it] {_HERE}?",
+        f"[Check|See|Look|Find out|Tell me|Say|Decide] [if|whether] there is {{a_thing}} {_HERE}.",
+    ),
     train=(
         "Is there {a_thing}?",
         "Is there {a_thing} in the picture?",
@@ -332,6 +411,16 @@ YES_NO_ONE = Wordings(
 )
 
 YES_NO_MANY = Wordings(
+    patterns=(
+        f"{_YES_OR_NO}are there [any|some|any|] {{things}} [|to be seen|anywhere|somewhere] {_HERE}?",
+        f"{_YES_OR_NO}[do|can|did] you [see|find|spot|notice|detect] [any|some|any|] {{things}} [|anywhere|somewhere] {_HERE}?",
+        f"{_YES_OR_NO}[does|would] [the|this|that] {_PICTURE} [show|contain|have|include|hold|depict|display] [any|some|any|] {{things}}[| anywhere| somewhere]?",
+        f"{_YES_OR_NO}[does this|does it] [show|contain|include|have|depict] [any |]{{things}}?",
+        f"{_TRUE} there are [some|any|] {{things}} {_HERE}?",
+        f"{_YES_OR_NO}[can|could] [any|some] {{things}} be [seen|found|spotted] {_HERE}?",
+        f"{_YES_OR_NO}[have|were] [any|some] {{things}} [been drawn|drawn|been put|shown] {_HERE}?",
+        f"[Check|See|Find out|Tell me|Say] [if|whether] there are [any|some] {{things}} {_HERE}.",
+    ),
     train=(
         "Are there any {things}?",
         "Are there any {things} in the picture?",
@@ -356,6 +445,13 @@ YES_NO_MANY = Wordings(
 )
 
 YES_NO_NUMBER = Wordings(
+    patterns=(
+        f"{_YES_OR_NO}are there [exactly|precisely|really|indeed|] {{number}} {{things}} {_HERE}?",
+        f"{_YES_OR_NO}[do|can|would] you [see|count|find] [exactly|] {{number}} {{things}} {_HERE}?",
+        f"{_YES_OR_NO}[does|would] [the|this] {_PICTURE} [show|contain|have|hold|include] [exactly|] {{number}} {{things}}?",
+        f"{_TRUE} [there are|you see|the picture has|the image shows] [exactly|] {{number}} {{things}} {_HERE}?",
+        "[Is|Would] the [number|count|total] of {things} [equal to |exactly |be |]{number}?",
+    ),
     train=(
         "Are there {number} {things}?",
         "Are there exactly {number} {things}?",
@@ -370,6 +466,13 @@ YES_NO_NUMBER = Wordings(
 )
 
 YES_NO_MORE = Wordings(
+    patterns=(
+        f"{_YES_OR_NO}are there more {{things}} than {{others}} {_HERE}?",
+        f"{_YES_OR_NO}[do|can|would] you [see|count|find|spot] more {{things}} than {{others}} {_HERE}?",
+        f"{_TRUE} [there are|you see|the picture has] more {{things}} than {{others}} {_HERE}?",
+        f"{_YES_OR_NO}[does|would] [the|this] {_PICTURE} [show|contain|have|hold] more {{things}} than {{others}}?",
+        "[Are|Do] {things} [more numerous than|outnumbering|outnumber] {others}?",
+    ),
     train=(
         "Are there more {things} than {others}?",
         "Do you see more {things} than {others}?",
@@ -382,6 +485,13 @@ YES_NO_MORE = Wordings(
 )
 
 YES_NO_TEXT = Wordings(
+    patterns=(
+        f"{_YES_OR_NO}is there [any|some] {_WRITING} [|to be read|to be seen] {_HERE}?",
+        f"{_YES_OR_NO}[do|can] you [see|find|spot|read] [any|some] {_WRITING} {_HERE}?",
+        f"{_YES_OR_NO}[has|was] [anything|something] [been written|written|written by hand|been noted] {_HERE}?",
+        f"{_YES_OR_NO}[can|could] [any|some] {_WRITING} be [found|seen|read] {_HERE}?",
+        f"{_YES_OR_NO}does [the|this] {_PICTURE} [show|contain|have|include] [any|some|] {_WRITING}?",
+    ),
     train=(
         "Is there any text?",
         "Is there any text in the image?",
@@ -397,7 +507,19 @@ YES_NO_TEXT = Wordings(
     heldout_endings=YES_NO_ONE.heldout_endings,
 )
 
+_COLOUR = "[color|colour]"
+
 COLOUR = Wordings(
+    patterns=(
+        f"[What|Which] {_COLOUR} [is|was|has] [the|that|this] {{thing}} [|painted|drawn|shown] {_HERE}?",
+        f"[In|With] [what|which] {_COLOUR} [is|was] the {{thing}} [drawn|shown|painted|filled|depicted|made] {_HERE}?",
+        f"[What|Which] {_COLOUR} [does|did] [the|this] {{thing}} [have|show] {_HERE}?",
+        f"[What|Which] {_COLOUR} [would you say|do you think] the {{thing}} [is|has] {_HERE}?",
+        f"[What|Which] {_COLOUR} [was|is] [used for|given to|seen on] the {{thing}} {_HERE}?",
+        f"{_TELL} [the|what|which] {_COLOUR} [of the {{thing}}|the {{thing}} is|the {{thing}} has|the {{thing}} is drawn in|the {{thing}} is shown in] {_HERE}.",
+        f"How would you [name|describe|call] the {_COLOUR} of the {{thing}}?",
+        f"the {{thing}} [is|has] [what|which] {_COLOUR}?",
+    ),
     train=(
         "What color is the {thing}?",
         "What colour is the {thing}?",
@@ -438,6 +560,13 @@ COLOUR = Wordings(
 )
 
 COLOURS = Wordings(
+    patterns=(
+        f"[What|Which] {_COLOUR} [are|were|have] [the|these|those] {{things}} [|painted|drawn|shown] {_HERE}?",
+        f"[In|With] [what|which] {_COLOUR} [are|were] the {{things}} [drawn|shown|painted|filled|depicted] {_HERE}?",
+        f"[What|Which] {_COLOUR} [do|did] the {{things}} [have|show] {_HERE}?",
+        f"[What|Which] {_COLOUR} [would you say|do you think] the {{things}} [are|have] {_HERE}?",
+        f"{_TELL} [the|what|which] {_COLOUR} [of the {{things}}|the {{things}} are|the {{things}} have|the {{things}} are drawn in] {_HERE}.",
+    ),
     train=(
         "What color are the {things}?",
         "What colour are the {things}?",
@@ -459,7 +588,19 @@ COLOURS = Wordings(
     heldout_endings=COLOUR.heldout_endings,
 )
 
+_SPOT = "[part|area|region|corner or side|section|place|spot|side]"
+
 PLACE = Wordings(
+    patterns=(
+        f"[Where|Whereabouts|Where exactly|Roughly where] [is|was|do you see|can you see|do you find|can one see|do I find|did someone put] the {{thing}} [|located|placed|drawn|shown|positioned] {_HERE}?",
+        f"[In|On|At] [which|what] {_SPOT} [of|in] [the|this] {_PICTURE} [is|was|do you find|do you see|can I see|can I find] the {{thing}}[| drawn| located| placed| shown]?",
+        f"[At|In|On] [which|what] {_SPOT} [is|was] the {{thing}} [|drawn|located|placed|shown|put]?",
+        f"[What|Which] is the [position|location|place|spot|area] of the {{thing}} {_HERE}?",
+        f"{_TELL} [where the {{thing}} is|the position of the {{thing}}|the location of the {{thing}}|the place of the {{thing}}|in which part the {{thing}} is|where you see the {{thing}}] {_HERE}.",
+        f"[Locate|Find|Point out|Please locate|Please find|Please point out|Point to|Show me] [the {{thing}}|where the {{thing}} is] {_HERE}.",
+        f"[Whereabouts|Where] {_IN} is the {{thing}}?",
+        "{thing}: [where|which part|what position]?",
+    ),
     train=(
         "Where is the {thing}?",
         "Where is the {thing} in the picture?",
@@ -506,18 +647,36 @@ FAMILIES = (
 )  # fmt: skip
 
 
+PATTERN_SHARE = 0.6
+"""How often training draws a wording from the patterns instead of the list."""
+
+_ALTERNATIVES = re.compile(r"\[([^\[\]]*)\]")
+
+
 def choose(wordings: Wordings, split: Split, rng: Random) -> str:
     """Draw a template, some with an ending that says how to answer."""
     heads, endings = wordings.train, wordings.train_endings
     if split == "heldout":
         heads, endings = wordings.heldout, wordings.heldout_endings
-    # The most natural wordings come first in each family: give them more than their share.
-    template = heads[int(len(heads) * rng.random() ** 1.3)]
+    if split == "train" and rng.random() < PATTERN_SHARE:
+        template = _expand(rng.choice(wordings.patterns), rng)
+        while template in wordings.heldout:
+            template = _expand(rng.choice(wordings.patterns), rng)
+    else:
+        # The most natural wordings come first in each family: give them more than their share.
+        template = heads[int(len(heads) * rng.random() ** 1.3)]
     if endings and rng.random() < 0.2:
         if template[-1] not in ".?":
             template += "."
         template += " " + rng.choice(endings)
     return template
+
+
+def _expand(pattern: str, rng: Random) -> str:
+    """Choose among the alternatives, the innermost first, and mend the spaces."""
+    while found := _ALTERNATIVES.search(pattern):
+        pattern = pattern[: found.start()] + rng.choice(found.group(1).split("|")) + pattern[found.end() :]
+    return re.sub(r" +([?.,]|$)", r"\1", " ".join(pattern.split()))
 
 
 def fill(template: str, rng: Random, **words: str) -> str:

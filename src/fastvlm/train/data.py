@@ -95,16 +95,31 @@ class SynthDataset(Dataset[Example]):
         return Example(pixels=pixels, token_ids=tokens.token_ids, labels=tokens.labels, task=task)
 
 
-def collate(
-    examples: Sequence[Example], *, max_tokens: int, pad_id: int, image_id: int, num_image_tokens: int
+def collate(  # noqa: PLR0913  (how rows are padded and checked)
+    examples: Sequence[Example],
+    *,
+    max_tokens: int,
+    pad_id: int,
+    image_id: int,
+    num_image_tokens: int,
+    is_fixed: bool = False,
 ) -> Batch:
-    """Put examples into one batch of rows of `max_tokens`; what is longer loses its end.
+    """Put examples into one batch of rows as long as the longest; what is over `max_tokens` loses its end.
+
+    Args:
+        examples: What to put together.
+        max_tokens: Most positions of a row.
+        pad_id: What stands behind a row's end.
+        image_id: The placeholder, to be counted.
+        num_image_tokens: Placeholders a picture.
+        is_fixed: Make every row `max_tokens` long, so that a compiled step sees one shape.
 
     Raises:
         InputError: The pictures of an example do not match its placeholders, or do not fit into `max_tokens`.
     """
-    token_ids = torch.full((len(examples), max_tokens), pad_id)
-    labels = torch.full((len(examples), max_tokens), IGNORE)
+    width = max_tokens if is_fixed else min(max_tokens, max(len(example.token_ids) for example in examples))
+    token_ids = torch.full((len(examples), width), pad_id)
+    labels = torch.full((len(examples), width), IGNORE)
     for row, example in enumerate(examples):
         kept = min(len(example.token_ids), max_tokens)
         num_slots = example.token_ids[:kept].count(image_id)

@@ -1,5 +1,6 @@
 """The `train` command: from options to a checkpoint folder."""
 
+import copy
 import json
 import logging
 import shutil
@@ -14,9 +15,11 @@ import torch
 from fastvlm.checkpoint.load import load
 from fastvlm.checkpoint.save import new_folder, save
 from fastvlm.checkpoint.zoo import resolve
-from fastvlm.device import Placement, flush_denormals, place
+from fastvlm.device import Placement, flush_denormals, has_fast_bfloat16, place
 from fastvlm.errors import InputError
+from fastvlm.model import fold
 from fastvlm.model.fastvlm import FastVLM
+from fastvlm.model.vision import FastViTHD
 from fastvlm.options import TrainOptions
 from fastvlm.prompt import Tokenizer
 from fastvlm.synth.assets import default_folder, read_assets
@@ -56,8 +59,10 @@ def run(options: TrainOptions, *, report: Callable[[str], None] = logger.info) -
 
     model.to(placement.device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.vision.requires_grad_(not options.freeze_vision)
     optimizer = build_optimizer(model, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.98))
-    trainer = Trainer(model, optimizer, placement, lr=options.lr, compile_model=options.compile)
+    encoder = _frozen_encoder(model, placement) if options.freeze_vision else None
+    trainer = Trainer(model, optimizer, placement, lr=options.lr, compile_model=options.compile, encoder=encoder)
     if options.resume:
         facts = load_state(folder, model, optimizer)
         trainer.step, trainer.samples = facts["step"], facts["samples"]
@@ -92,6 +97,13 @@ def _start(options: TrainOptions) -> tuple[FastVLM, Tokenizer]:
         model.config = replace(model.config, vision=replace(model.config.vision, image_size=options.image_size))
         model.vision.config = model.config.vision
     return model, checkpoint.tokenizer
+
+
+def _frozen_encoder(model: FastVLM, placement: Placement) -> FastViTHD:
+    """Copy the encoder and fold it, in the format that the device multiplies fastest."""
+    dtype = torch.bfloat16 if has_fast_bfloat16(placement.device) else torch.float32
+    copied = fold.for_inference(copy.deepcopy(model)).vision.to(dtype)
+    return copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def nano_tokenizer() -> dict[str, object]:
@@ -159,6 +171,7 @@ def _train(  # noqa: PLR0913  (the pieces of a run meet here)
             collate_fn=partial(
                 collate,
                 max_tokens=options.max_tokens,
+                is_fixed=options.compile,
                 pad_id=tokenizer.end_of_text_id,
                 image_id=tokenizer.image_id,
                 num_image_tokens=trainer.model.config.vision.num_image_tokens,
