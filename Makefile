@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "$(PYTHON): expected Python 3.11 or newer, got $$($(PYTHON) -V 2>&1); try make PYTHON=python3.12" >&2; exit 2; }
 	@echo 'making .venv with the versions of constraints.txt; this takes a minute or more'
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[train,evaluate,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(READY)

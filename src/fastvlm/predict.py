@@ -226,6 +226,7 @@ class Chat:
         self._cache: KVCache | None = None
         self._pending: list[int] = []  # chosen or implied by the last turn, but not in the cache
         self._token_ids: list[int] = []
+        self._has_searched = False
 
     def ask(self, prompt: str, images: Sequence[ImageSource] = ()) -> Answer:
         """Take the next turn; return the whole answer."""
@@ -256,19 +257,19 @@ class Chat:
         image_embeds = torch.cat([x.flatten(0, 1) for x in embeds]) if embeds else None
         encode_ms = clock.lap()
         merged = embed_rows(model, tokenizer, [prompt_ids], image_embeds)
-        self._token_ids = [*self._token_ids, *prompt_ids]
         options = replace(self.options, max_new_tokens=num_new)
         if options.num_beams > 1:
-            if self._cache is not None:
-                raise InputError("beams do not go with a chat's second turn; use num_beams 1")
+            if self._has_searched:
+                raise InputError("beams keep no cache for a second turn; use num_beams 1, or begin a new chat")
             found = search(model, tokenizer, merged, prompt_ids, options, num_new)
+            self._has_searched = True
             timings = self._timings(clock, preprocess_ms, encode_ms, 0.0, clock.total())
             yield found.text
             yield self._answer(found.text, found.token_ids, found.finish_reason, num_read, sum(counts), timings)
             return
-        self._grow(num_read + num_new)
+        logits = self._prefill(merged, num_read + num_new)
         assert self._cache is not None
-        logits = prefill_in_chunks(model, merged, self._cache)
+        self._token_ids = [*self._token_ids, *prompt_ids]
         prefill_ms, ttft_ms = 0.0, 0.0
         texts: list[str] = []
         token_ids: list[int] = []
@@ -296,6 +297,19 @@ class Chat:
         if self._cache is None:
             return tokenize([*self._system, message], tokenizer, counts).token_ids
         return [*self._pending, *tokenize_follow_up(message, tokenizer, counts).token_ids]
+
+    def _prefill(self, embeds: Tensor, capacity: int) -> Tensor:
+        """Read the turn `(1, T, D)`; return the next token's logits. Interrupted, it leaves the cache as it was."""
+        length = self._cache.lengths[0] if self._cache else 0
+        self._grow(capacity)
+        assert self._cache is not None
+        try:
+            return prefill_in_chunks(self.predictor.model, embeds, self._cache)
+        except BaseException:
+            self._cache.truncate(length)
+            if not length:
+                self._cache = None
+            raise
 
     def _num_tokens(self, pixels: Tensor) -> int:
         height, width = self.predictor.model.vision.grid(pixels.shape)

@@ -105,6 +105,41 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(predictor):
     assert chat.ask("And now?").token_ids == untouched.ask("And now?").token_ids
 
 
+def test_a_turn_interrupted_while_it_is_read_leaves_the_conversation_as_it_was(predictor):
+    chat, untouched = predictor.chat(options=SHORT), predictor.chat(options=SHORT)
+    chat.ask("Hello")
+    untouched.ask("Hello")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = predictor.model.language.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        chat.ask("And now?")
+    hook.remove()
+
+    assert chat.ask("And now?").token_ids == untouched.ask("And now?").token_ids
+
+
+def test_a_reader_that_leaves_early_may_ask_on(predictor):
+    chat = predictor.chat(options=SHORT)
+    pieces = chat.stream("Hello")
+    next(pieces)
+    del pieces
+
+    answer = chat.ask("And now?")
+
+    assert answer.completion_tokens > 0
+
+
+def test_beams_answer_one_turn_and_refuse_a_second(predictor):
+    chat = predictor.chat(options=GenerationOptions(max_new_tokens=4, num_beams=3))
+    chat.ask("Hello", [PHOTO])
+
+    with pytest.raises(InputError, match="second turn"):
+        chat.ask("And now?")
+
+
 def test_encode_image_gives_features_embeddings_and_the_clip_embedding(predictor):
     features = predictor.encode_image(PHOTO)
 

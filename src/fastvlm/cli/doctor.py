@@ -20,7 +20,7 @@ from fastvlm.predict import load
 from fastvlm.synth.assets import default_folder, is_complete
 
 _PACKAGES = ("torch", "numpy", "pillow", "safetensors", "tokenizers", "huggingface-hub", "httpx2", "filelock", "tyro")
-_EXTRAS = (("av", "reads video files"), ("rapidfuzz", "measures reading in `fastvlm eval`"))
+_EXTRAS = (("av", "reads video files"),)
 _CPU_FLAGS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512f", "avx2", "asimd", "bf16")
 _NUM_SQUARES = "2"  # in the picture that nano is asked about
 _LITTLE_MEMORY, _LITTLE_DISK = 2_000_000_000, 5_000_000_000
