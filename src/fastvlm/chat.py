@@ -105,9 +105,8 @@ class Conversation:
         except KeyboardInterrupt:
             if not self._around.is_interactive:
                 raise
-            if not is_written:  # the question may be half read
-                self._chat = self._begin()
-                self._around.note("\nfastvlm: stopped before the answer; the conversation begins anew")
+            if not is_written:
+                self._around.note("\nfastvlm: stopped before the answer")
         if stream.answer is not None or is_written:
             self._images = []
             self._around.write("\n")

@@ -5,13 +5,13 @@ Letters: `B` rows, `T` tokens, `D` width of language, `V` vocabulary, `P` images
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastvlm.errors import ContextError
+from fastvlm.errors import ContextError, DeviceError, InputError
 from fastvlm.model.cache import KVCache
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.options import GenerationOptions
@@ -184,14 +184,19 @@ def continue_rows(  # noqa: PLR0913  (a state, and how to go on from it)
     logits: Tensor,
     cache: KVCache,
     prompts: Sequence[Sequence[int]],
-    options: GenerationOptions,
+    options: Sequence[GenerationOptions],
 ) -> Iterator[list[Chunk | None]]:
     """Write all rows' answers from their prefilled cache: one chunk a row and step, None for a row that has ended.
 
     The last token of an answer is not read into the cache.
+
+    Raises:
+        DeviceError: The logits are not finite: the format of the arithmetic overflowed, or the weights are damaged.
     """
+    if not bool(torch.isfinite(logits).all()):
+        raise DeviceError("the model computes NaN or infinity; use --dtype float32, or other weights")
     is_forbidden = forbidden(tokenizer, logits.shape[-1], logits.device)
-    rows = [_Row(tokenizer, options, prompt, logits.device) for prompt in prompts]
+    rows = [_Row(tokenizer, own, prompt, logits.device) for prompt, own in zip(prompts, options, strict=True)]
     while True:
         logits = logits.masked_fill(is_forbidden, -torch.inf)
         chosen = [tokenizer.end_of_text_id] * len(rows)
@@ -230,21 +235,20 @@ def generate(
     if options.num_beams > 1:
         return _search_each(model, tokenizer, prompts, image_embeds, options)
     lengths = [len(prompt) for prompt in prompts]
+    room = [limit(options, length, model.config.language.max_positions) for length in lengths]
     embeds = embed_rows(model, tokenizer, prompts, image_embeds)
-    num_new = limit(options, max(lengths), model.config.language.max_positions)
-    cache = new_cache(model, len(prompts), max(lengths) + num_new)
+    cache = make_cache(model, len(prompts), max(lengths) + max(room))
     logits = prefill(model, embeds, lengths, cache)
     texts: list[list[str]] = [[] for _ in prompts]
     token_ids: list[list[int]] = [[] for _ in prompts]
     reasons: list[FinishReason] = ["length"] * len(prompts)
-    for step, chunks in enumerate(continue_rows(model, tokenizer, logits, cache, prompts, options)):
+    own_options = [replace(options, max_new_tokens=num_new) for num_new in room]
+    for chunks in continue_rows(model, tokenizer, logits, cache, prompts, own_options):
         for index, chunk in enumerate(chunks):
             if chunk is not None:
                 texts[index].append(chunk.text)
                 token_ids[index] += [] if chunk.token_id is None else [chunk.token_id]
                 reasons[index] = chunk.finish_reason or "length"
-        if step + 1 == num_new:
-            break
     return [
         Completion(text="".join(text), token_ids=ids, finish_reason=reason)
         for text, ids, reason in zip(texts, token_ids, reasons, strict=True)
@@ -262,7 +266,7 @@ def embed_rows(
     return model.embed(token_ids.to(device), image_embeds)
 
 
-def new_cache(model: FastVLM, num_rows: int, capacity: int) -> KVCache:
+def make_cache(model: FastVLM, num_rows: int, capacity: int) -> KVCache:
     """Make room for `capacity` positions in each row, where the model is and in its format."""
     weight = model.language.norm.weight
     return KVCache(
@@ -277,27 +281,23 @@ def _search_each(
     image_embeds: Tensor | None,
     options: GenerationOptions,
 ) -> list[Completion]:
+    vectors = None if image_embeds is None else image_embeds.flatten(0, -2)  # (P * N, D)
+    needs = [sum(id_ == tokenizer.image_id for id_ in prompt) for prompt in prompts]
+    if sum(needs) != (0 if vectors is None else len(vectors)):
+        raise InputError(f"the prompts have {sum(needs)} image placeholders, which the images do not fill")
     completions, used = [], 0
-    for prompt in prompts:
-        num_slots = sum(id_ == tokenizer.image_id for id_ in prompt)
-        own = None
-        if image_embeds is not None:
-            own = image_embeds.flatten(0, -2)[used : used + num_slots]
-        used += num_slots
+    for prompt, need in zip(prompts, needs, strict=True):
+        own = None if vectors is None else vectors[used : used + need]
+        used += need
         embeds = embed_rows(model, tokenizer, [prompt], own)
         num_new = limit(options, len(prompt), model.config.language.max_positions)
-        completions.append(search(model, tokenizer, embeds, prompt, options, num_new))
+        completions.append(search(model, tokenizer, embeds, prompt, replace(options, max_new_tokens=num_new)))
     return completions
 
 
 @torch.inference_mode()
-def search(  # noqa: PLR0913
-    model: FastVLM,
-    tokenizer: Tokenizer,
-    embeds: Tensor,
-    prompt_ids: Sequence[int],
-    options: GenerationOptions,
-    num_new: int,
+def search(
+    model: FastVLM, tokenizer: Tokenizer, embeds: Tensor, prompt_ids: Sequence[int], options: GenerationOptions
 ) -> Completion:
     """Find a likely answer by beam search; its score is the mean log-probability of its tokens, the stop included.
 
@@ -306,23 +306,20 @@ def search(  # noqa: PLR0913
         tokenizer: Its tokenizer.
         embeds: The prompt, `(1, T, D)`.
         prompt_ids: Its token ids, for the repetition penalty.
-        options: `num_beams`, penalties and stop strings.
-        num_new: Most tokens of the answer.
+        options: `num_beams`, `max_new_tokens` that fit the context, penalties and stop strings.
     """
-    beams, device = options.num_beams, embeds.device
-    cache = new_cache(model, beams, embeds.shape[1] + num_new)
-    logits = prefill(model, embeds.expand(beams, -1, -1), [embeds.shape[1]] * beams, cache)
+    beams, num_new, device = options.num_beams, options.max_new_tokens, embeds.device
+    text_ids = [id_ for id_ in prompt_ids if id_ != tokenizer.image_id]
+    cache = make_cache(model, 1, embeds.shape[1] + num_new)
+    logits = prefill_in_chunks(model, embeds, cache)  # one row until the first choice
     is_forbidden = forbidden(tokenizer, logits.shape[-1], device)
-    scores = torch.full((beams,), -torch.inf, device=device)
-    scores[0] = 0.0  # all beams are alike at first
-    paths: list[list[int]] = [[] for _ in range(beams)]
+    scores = torch.zeros(1, device=device)
+    paths: list[list[int]] = [[]]
     finished: list[tuple[float, list[int], FinishReason]] = []
     for step in range(num_new):
-        penalised = torch.stack(
-            [_penalised(row, path, options, prompt_ids) for row, path in zip(logits, paths, strict=True)]
-        )
-        log_probs = penalised.masked_fill(is_forbidden, -torch.inf).float().log_softmax(-1)
-        totals, flat = (scores[:, None] + log_probs).flatten().topk(2 * beams)
+        penalised = [_penalised(row, path, options, text_ids) for row, path in zip(logits, paths, strict=True)]
+        log_probs = torch.stack(penalised).masked_fill(is_forbidden, -torch.inf).float().log_softmax(-1)
+        totals, flat = (scores[:, None] + log_probs).flatten().topk(min(3 * beams, log_probs.numel()))
         sources, chosen = (flat // logits.shape[-1]).tolist(), (flat % logits.shape[-1]).tolist()
         kept: list[tuple[float, int, int]] = []
         for rank, (total, source, token_id) in enumerate(zip(totals.tolist(), sources, chosen, strict=True)):
@@ -330,10 +327,10 @@ def search(  # noqa: PLR0913
             if token_id in tokenizer.stop_ids or _is_stopped(tokenizer, path, options):
                 if rank < beams:
                     finished.append((total / (step + 1), path, "stop"))
-            elif len(kept) < beams:
+            elif len(kept) < beams and total > -torch.inf:
                 kept.append((total, source, token_id))
         finished = sorted(finished, key=lambda entry: entry[0], reverse=True)[:beams]
-        if len(finished) == beams and finished[-1][0] >= kept[0][0] / (step + 1):
+        if not kept or (len(finished) == beams and finished[-1][0] >= kept[0][0] / (step + 1)):
             break
         paths = [[*paths[source], token_id] for _, source, token_id in kept]
         scores = torch.tensor([total for total, _, _ in kept], device=device)

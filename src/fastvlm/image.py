@@ -97,7 +97,7 @@ _WARNINGS_LOCK = threading.Lock()  # `catch_warnings` swaps a process-wide list,
 
 
 def read(  # noqa: PLR0913
-    source: str | Path | bytes | BinaryIO,
+    source: str | Path | bytes | BinaryIO | Image.Image,
     *,
     max_pixels: int = MAX_PIXELS,
     exif: Literal["apply", "ignore"] = "apply",
@@ -113,7 +113,8 @@ def read(  # noqa: PLR0913
     highest finite one. NaN is black. Colour profiles are ignored. (Pillow itself turns TIFF pictures upright.)
 
     Args:
-        source: A path, the bytes of a file, or a binary stream (read to its end when it cannot seek).
+        source: A path, the bytes of a file, a binary stream (read to its end when it cannot seek), or a picture that
+            Pillow has opened, which is left as it is.
         max_pixels: Pictures with more are refused; so are sides over 30,000.
         exif: Whether to turn the picture as its EXIF orientation says; Apple's code does not.
         alpha: Drop transparency as Apple's code does (the colour underneath shows), or put the picture on white.
@@ -126,6 +127,11 @@ def read(  # noqa: PLR0913
     label = _label(source, name)
     if unknown := sorted(set(formats) - set(FORMATS)):
         raise InputError(f"formats must be among {FORMATS}, got {unknown[0]!r}")
+    if isinstance(source, Image.Image):
+        _check_size(source.size, label, max_pixels)
+        with _decoding(label):
+            picture = source.copy()
+        return _to_rgb(picture, label, exif=exif, alpha=alpha)
     with _open_source(source, label) as file:
         picture = _open_picture(file, label, max_pixels=max_pixels, formats=formats)
         return _to_rgb(picture, label, exif=exif, alpha=alpha)
@@ -405,7 +411,7 @@ def _webp_size(head: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _label(source: str | Path | bytes | BinaryIO, name: str | None) -> str:
+def _label(source: str | Path | bytes | BinaryIO | Image.Image, name: str | None) -> str:
     text = name if name is not None else str(source) if isinstance(source, str | Path) else "the picture"
     return text if text.isprintable() and text else repr(text)
 

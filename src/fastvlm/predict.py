@@ -23,7 +23,7 @@ from fastvlm.generate import (
     continue_rows,
     embed_rows,
     limit,
-    new_cache,
+    make_cache,
     prefill_in_chunks,
     search,
 )
@@ -132,6 +132,9 @@ class Predictor:
         """Take a model in its stored form; it is folded for inference and moved to its place."""
         self.model = fold.for_inference(model)
         self.model.to(placement.device, placement.dtype)
+        if placement.dtype == torch.float16:  # the encoder's activations exceed 65,504 at 1024 pixels
+            self.model.vision.float()
+            self.model.projector.float()
         self.model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.tokenizer, self.placement, self.name, self.load_ms = tokenizer, placement, name, load_ms
 
@@ -192,7 +195,7 @@ class Predictor:
     def encode_image(self, image: ImageSource, *, image_options: ImageOptions | None = None) -> ImageFeatures:
         """Encode one picture; return features, image embeddings and the CLIP embedding."""
         pixels = self.pixels(image, image_options or ImageOptions())
-        features = self.model.vision(pixels.to(self.placement.device, self.placement.dtype))
+        features = self.model.vision(self.to_device(pixels))
         clip = self.model.vision.embed(features)
         return ImageFeatures(
             features=features[0],
@@ -206,9 +209,13 @@ class Predictor:
         size = options.image_size or vision.image_size
         if size % vision.stride:
             raise InputError(f"image_size must be a multiple of {vision.stride}, got {size}")
-        if not isinstance(image, Image.Image):
-            image = read(image, max_pixels=options.max_pixels, exif=options.exif, alpha=options.alpha)
-        return to_pixels(image.convert("RGB"), size=size, fit=options.fit or vision.fit)
+        picture = read(image, max_pixels=options.max_pixels, exif=options.exif, alpha=options.alpha)
+        return to_pixels(picture, size=size, fit=options.fit or vision.fit)
+
+    def to_device(self, pixels: Tensor) -> Tensor:
+        """Put pixels `(P, 3, H, W)` where the encoder is, in its format and memory order."""
+        weight = self.model.projector.fc1.weight
+        return pixels.to(weight.device, weight.dtype, memory_format=torch.channels_last)
 
     def describe(self) -> str:
         """Name the hardware that the model runs on."""
@@ -224,7 +231,8 @@ class Chat:
         self.predictor, self.options, self.image_options = predictor, options, image_options
         self._system = [] if system_prompt is None else [system(system_prompt)]
         self._cache: KVCache | None = None
-        self._pending: list[int] = []  # chosen or implied by the last turn, but not in the cache
+        self._answer_ids: list[int] = []  # of the last turn; its last ones may not be in the cache
+        self._prompt_end = 0  # where the last answer begins in the cache
         self._token_ids: list[int] = []
         self._has_searched = False
 
@@ -253,7 +261,7 @@ class Chat:
         num_read = len(prompt_ids) + (self._cache.lengths[0] if self._cache else 0)
         num_new = limit(self.options, num_read, predictor.config.language.max_positions)
 
-        embeds = [model.encode(_to(batch, predictor.placement)) for batch in _batches(pixels)]  # each (P, N, D)
+        embeds = [model.encode(predictor.to_device(batch)) for batch in _batches(pixels)]  # each (P, N, D)
         image_embeds = torch.cat([x.flatten(0, 1) for x in embeds]) if embeds else None
         encode_ms = clock.lap()
         merged = embed_rows(model, tokenizer, [prompt_ids], image_embeds)
@@ -261,7 +269,7 @@ class Chat:
         if options.num_beams > 1:
             if self._has_searched:
                 raise InputError("beams keep no cache for a second turn; use num_beams 1, or begin a new chat")
-            found = search(model, tokenizer, merged, prompt_ids, options, num_new)
+            found = search(model, tokenizer, merged, prompt_ids, options)
             self._has_searched = True
             timings = self._timings(clock, preprocess_ms, encode_ms, 0.0, clock.total())
             yield found.text
@@ -269,34 +277,33 @@ class Chat:
             return
         logits = self._prefill(merged, num_read + num_new)
         assert self._cache is not None
-        self._token_ids = [*self._token_ids, *prompt_ids]
+        self._token_ids = [*self._token_ids, *self._answer_ids, *prompt_ids]
+        self._answer_ids, self._prompt_end = [], num_read
         prefill_ms, ttft_ms = 0.0, 0.0
         texts: list[str] = []
-        token_ids: list[int] = []
         reason: FinishReason = "length"
-        for (chunk,) in continue_rows(model, tokenizer, logits, self._cache, [self._token_ids], options):
+        for (chunk,) in continue_rows(model, tokenizer, logits, self._cache, [self._token_ids], [options]):
             assert chunk is not None
             if not prefill_ms:
                 prefill_ms = clock.lap()
                 ttft_ms = clock.total()
             texts.append(chunk.text)
             if chunk.token_id is not None:
-                token_ids.append(chunk.token_id)
+                self._answer_ids.append(chunk.token_id)
             reason = chunk.finish_reason or reason
-            # What the cache lacks of this answer, should the reader stop here: its last token and its end.
-            self._pending = [*token_ids[self._cache.lengths[0] - num_read :], tokenizer.im_end_id]
             if chunk.text:
                 yield chunk.text
-        self._token_ids += token_ids
         timings = self._timings(clock, preprocess_ms, encode_ms, prefill_ms, ttft_ms)
-        yield self._answer("".join(texts), token_ids, reason, num_read, sum(counts), timings)
+        yield self._answer("".join(texts), list(self._answer_ids), reason, num_read, sum(counts), timings)
 
     def _read(self, message: Message, counts: Sequence[int]) -> list[int]:
         """The ids that this turn adds to what the cache holds."""
         tokenizer = self.predictor.tokenizer
         if self._cache is None:
             return tokenize([*self._system, message], tokenizer, counts).token_ids
-        return [*self._pending, *tokenize_follow_up(message, tokenizer, counts).token_ids]
+        # What the cache lacks of the last answer, wherever its reader stopped: its last token, and its end.
+        unread = self._answer_ids[self._cache.lengths[0] - self._prompt_end :]
+        return [*unread, tokenizer.im_end_id, *tokenize_follow_up(message, tokenizer, counts).token_ids]
 
     def _prefill(self, embeds: Tensor, capacity: int) -> Tensor:
         """Read the turn `(1, T, D)`; return the next token's logits. Interrupted, it leaves the cache as it was."""
@@ -320,7 +327,7 @@ class Chat:
         old = self._cache
         if old is not None and old.capacity >= capacity:
             return
-        cache = new_cache(self.predictor.model, 1, capacity + (_ROOM if old is not None else 0))
+        cache = make_cache(self.predictor.model, 1, capacity + (_ROOM if old is not None else 0))
         if old is not None:
             length = old.lengths[0]
             cache.keys[:, :, :, :length] = old.keys[:, :, :, :length]
@@ -363,10 +370,6 @@ class Chat:
             device=str(placement.device),
             dtype=placement.dtype_name,
         )
-
-
-def _to(pixels: Tensor, placement: Placement) -> Tensor:
-    return pixels.to(placement.device, placement.dtype, memory_format=torch.channels_last)
 
 
 def _batches(pixels: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -6,8 +6,19 @@ import pytest
 import torch
 
 from fastvlm.checkpoint.load import load
-from fastvlm.errors import ContextError, InputError
-from fastvlm.generate import Sampler, embed_rows, forbidden, generate, new_cache, prefill, prefill_in_chunks, sample
+from fastvlm.errors import ContextError, DeviceError, InputError
+from fastvlm.generate import (
+    Sampler,
+    continue_rows,
+    embed_rows,
+    forbidden,
+    generate,
+    limit,
+    make_cache,
+    prefill,
+    prefill_in_chunks,
+    sample,
+)
 from fastvlm.options import GenerationOptions
 from fastvlm.prompt import tokenize, user
 
@@ -52,7 +63,7 @@ def test_rows_with_no_one_and_two_images_get_what_each_gets_alone(loaded, image_
 def test_a_prompt_read_in_chunks_gives_the_same_logits(loaded, image_embeds):
     ids = prompt_ids(loaded, "What is the difference between these two?", num_images=2)
     embeds = embed_rows(loaded.model, loaded.tokenizer, [ids], image_embeds[:2])
-    whole_cache, chunked_cache = (new_cache(loaded.model, 1, len(ids)) for _ in range(2))
+    whole_cache, chunked_cache = (make_cache(loaded.model, 1, len(ids)) for _ in range(2))
 
     whole = prefill(loaded.model, embeds, [len(ids)], whole_cache)
     chunked = prefill_in_chunks(loaded.model, embeds, chunked_cache, chunk=17)
@@ -98,21 +109,103 @@ def test_an_answer_that_reaches_its_limit_says_length(loaded):
     assert (row.finish_reason, len(row.token_ids)) == ("length", 3)
 
 
-def test_one_beam_more_than_greedy_never_scores_less(loaded, image_embeds):
-    ids = prompt_ids(loaded, "What?", num_images=1)
+def next_log_probs(loaded, rows, image_embeds):
+    """Log-probabilities of the token after each row, read whole and without a cache, `(B, V)`."""
+    with torch.inference_mode():
+        embeds = loaded.model.embed(torch.tensor(rows), image_embeds.expand(len(rows), -1, -1))
+        logits = loaded.model.language.head(loaded.model.language(embeds)[:, -1])
+    return logits.masked_fill(forbidden(loaded.tokenizer, 494, logits.device), -torch.inf).log_softmax(-1)
 
-    def score(token_ids):
-        with torch.inference_mode():
-            logits = loaded.model.language.head(
-                loaded.model.language(embed_rows(loaded.model, loaded.tokenizer, [ids + token_ids], image_embeds[:1]))
-            )[0, len(ids) - 1 : -1]
-        logits = logits.masked_fill(forbidden(loaded.tokenizer, 494, logits.device), -torch.inf)
-        return logits.log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None]).sum().item()
 
-    greedy = answer(loaded, [ids], image_embeds[:1], max_new_tokens=6)[0].token_ids
-    searched = answer(loaded, [ids], image_embeds[:1], max_new_tokens=6, num_beams=8)[0].token_ids
+def test_beams_find_the_likeliest_of_all_answers(loaded, image_embeds):
+    ids, stops = prompt_ids(loaded, "What?", num_images=1), loaded.tokenizer.stop_ids
 
-    assert score(searched) / len(searched) >= score(greedy) / len(greedy) - 1e-6
+    found = answer(loaded, [ids], image_embeds[:1], max_new_tokens=2, num_beams=64)[0]
+
+    first = next_log_probs(loaded, [ids], image_embeds[:1])[0]
+    second = next_log_probs(loaded, [[*ids, i] for i in range(489)], image_embeds[:1])
+    scores = (first[:489, None] + second) / 2  # of every answer of two tokens
+    scores[list(stops)] = -torch.inf
+    best = max(scores.max(), first[list(stops)].max())
+    whole = [*found.token_ids, *([stops[0]] if found.finish_reason == "stop" else [])]
+    assert len(whole) == 2
+    torch.testing.assert_close(scores[whole[0], whole[1]], best, atol=1e-5, rtol=1e-5)
+    greedy = answer(loaded, [ids], image_embeds[:1], max_new_tokens=2)[0].token_ids
+    assert greedy != found.token_ids  # or the search would have had nothing to find
+
+
+def test_beams_end_when_every_candidate_stops(loaded):
+    letters = tuple(chr(code) for code in range(32, 127))
+
+    row = answer(loaded, [prompt_ids(loaded, "Hello")], max_new_tokens=5, num_beams=2, stop=letters)[0]
+
+    assert row.finish_reason in {"stop", "length"}
+    assert not any(letter in row.text for letter in letters)
+
+
+def test_beams_refuse_images_that_no_placeholder_waits_for(loaded, image_embeds):
+    with pytest.raises(InputError, match="0 image placeholders"):
+        answer(loaded, [prompt_ids(loaded, "Hello")], image_embeds[:1], num_beams=2)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_either_stop_token_ends_an_answer_and_is_not_part_of_it(loaded, which, monkeypatch):
+    stop_id = loaded.tokenizer.stop_ids[which]
+    head = loaded.model.language.head
+    forced = iter([70, 71, stop_id, 72])
+
+    def say(hidden):
+        logits = head(hidden).fill_(0.0)
+        logits[..., next(forced)] = 9.0
+        return logits
+
+    monkeypatch.setattr(loaded.model.language, "head", say)
+
+    row = answer(loaded, [prompt_ids(loaded, "Hello")], max_new_tokens=9)[0]
+
+    assert (row.token_ids, row.finish_reason) == ([70, 71], "stop")
+
+
+def test_a_short_row_beside_a_long_one_has_its_own_room(loaded):
+    short, long = prompt_ids(loaded, "Hello"), [5] * 32_764
+    alone = answer(loaded, [short], max_new_tokens=8)[0]
+
+    limits = [limit(GenerationOptions(max_new_tokens=8), len(ids), 32_768) for ids in (short, long)]
+
+    assert limits == [8, 4]
+    assert len(alone.token_ids) == 8
+
+
+def test_rows_with_different_room_end_on_their_own(loaded):
+    prompts = [prompt_ids(loaded, "Hello"), prompt_ids(loaded, "What is this?")]
+    embeds = embed_rows(loaded.model, loaded.tokenizer, prompts, None)
+    cache = make_cache(loaded.model, 2, embeds.shape[1] + 8)
+    logits = prefill(loaded.model, embeds, [len(ids) for ids in prompts], cache)
+    options = [GenerationOptions(max_new_tokens=8), GenerationOptions(max_new_tokens=3)]
+
+    steps = list(continue_rows(loaded.model, loaded.tokenizer, logits, cache, prompts, options))
+
+    ids = [[step[row].token_id for step in steps if step[row] is not None] for row in (0, 1)]
+    assert [len(row) for row in ids] == [8, 3]
+    for row, own in enumerate(options):
+        alone = generate(loaded.model, loaded.tokenizer, [prompts[row]], None, own)[0]
+        assert ids[row] == alone.token_ids
+
+
+def test_held_back_text_is_given_when_the_answer_ends(loaded):
+    whole = answer(loaded, [prompt_ids(loaded, "Hello")], max_new_tokens=12)[0].text
+
+    held = answer(loaded, [prompt_ids(loaded, "Hello")], max_new_tokens=12, stop=(whole[-2:] + "never",))[0]
+
+    assert held.text == whole
+
+
+def test_numbers_that_are_not_finite_are_an_error_and_no_answer(loaded, monkeypatch):
+    head = loaded.model.language.head
+    monkeypatch.setattr(loaded.model.language, "head", lambda hidden: head(hidden) * float("nan"))
+
+    with pytest.raises(DeviceError, match="NaN"):
+        answer(loaded, [prompt_ids(loaded, "Hello")])
 
 
 def test_a_prompt_that_does_not_fit_is_refused(loaded):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +11,7 @@ from fastvlm import predict
 from fastvlm.errors import ContextError, InputError
 from fastvlm.generate import generate
 from fastvlm.options import GenerationOptions, ImageOptions
-from fastvlm.prompt import assistant, tokenize, user
+from fastvlm.prompt import Detokenizer, assistant, tokenize, user
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 PHOTO = GOLDENS / "images" / "photo.jpg"
@@ -49,11 +50,33 @@ def test_streamed_pieces_are_the_whole_text(predictor):
     )
 
 
-@pytest.mark.parametrize("make", [str, Path, lambda p: Path(p).read_bytes(), lambda p: Image.open(p)])
-def test_a_picture_may_come_as_path_bytes_or_image(predictor, make):
-    answer = predictor.ask("What is this?", [make(str(SQUARE))], options=SHORT)
+@pytest.mark.parametrize("name", ["square.png", "exif6.jpg", "alpha.png", "gray.png", "sixteen.png"])
+@pytest.mark.parametrize("rules", [{}, {"exif": "ignore"}, {"alpha": "white"}])
+def test_a_picture_is_the_same_as_path_bytes_and_image(predictor, name, rules, tmp_path):
+    path = GOLDENS / "images" / name
+    if name == "sixteen.png":
+        path = tmp_path / name
+        Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16).save(path)
+    options = ImageOptions(**rules)
 
-    assert answer.token_ids == predictor.ask("What is this?", [SQUARE], options=SHORT).token_ids
+    expected = predictor.pixels(path, options)
+
+    with Image.open(path) as opened:
+        for source in (str(path), path.read_bytes(), opened):
+            torch.testing.assert_close(predictor.pixels(source, options), expected, atol=0, rtol=0)
+
+
+def test_an_image_with_too_many_pixels_is_refused_too(predictor):
+    with pytest.raises(InputError, match="more than the limit of 50"):
+        predictor.pixels(Image.new("RGB", (10, 10)), ImageOptions(max_pixels=50))
+
+
+def test_an_image_that_was_given_stays_as_it_is(predictor):
+    with Image.open(GOLDENS / "images" / "exif6.jpg") as image:
+        before = dict(image.getexif())
+        predictor.pixels(image, ImageOptions())
+
+        assert dict(image.getexif()) == before
 
 
 def test_a_later_turn_answers_as_if_the_whole_conversation_was_read(predictor):
@@ -129,7 +152,14 @@ def test_a_reader_that_leaves_early_may_ask_on(predictor):
 
     answer = chat.ask("And now?")
 
-    assert answer.completion_tokens > 0
+    tokenizer = predictor.tokenizer
+    first = generate(predictor.model, tokenizer, [tokenize([user("Hello")], tokenizer, 16).token_ids], None, SHORT)[0]
+    # The reader took one piece: so many tokens had been written when it left.
+    detokenizer = Detokenizer(tokenizer)
+    written = next(n for n, id_ in enumerate(first.token_ids, 1) if detokenizer.push(id_))
+    ids = [*tokenize([user("Hello")], tokenizer, 16).token_ids, *first.token_ids[:written], tokenizer.im_end_id]
+    ids += predict.tokenize_follow_up(user("And now?"), tokenizer, 16).token_ids
+    assert answer.token_ids == generate(predictor.model, tokenizer, [ids], None, SHORT)[0].token_ids
 
 
 def test_beams_answer_one_turn_and_refuse_a_second(predictor):

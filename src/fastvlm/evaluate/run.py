@@ -120,16 +120,14 @@ def _prepare(options: EvalOptions) -> None:
 @torch.inference_mode()
 def answer(predictor: Predictor, items: Sequence[Item], options: EvalOptions) -> list[str]:
     """Ask about several pictures together: greedy, each as if it were asked alone."""
-    model, tokenizer, placement = predictor.model, predictor.tokenizer, predictor.placement
+    model, tokenizer = predictor.model, predictor.tokenizer
     image_options = ImageOptions(image_size=options.image_size)
     pixels = torch.cat([predictor.pixels(item.sample.image, image_options) for item in items])  # (P, 3, H, W)
     height, width = model.vision.grid(pixels.shape)
     prompts = [
         tokenize([user(item.sample.turns[0].question, 1)], tokenizer, height * width).token_ids for item in items
     ]
-    image_embeds = model.encode(
-        pixels.to(placement.device, placement.dtype, memory_format=torch.channels_last)
-    )  # (P, N, D)
+    image_embeds = model.encode(predictor.to_device(pixels))  # (P, N, D)
     writing = GenerationOptions(max_new_tokens=options.max_new_tokens)
     return [row.text.strip() for row in generate(model, tokenizer, prompts, image_embeds, writing)]
 

@@ -43,7 +43,7 @@ class KVCache:
         starts = torch.tensor(self.lengths, device=self.keys.device)
         return starts[:, None] + torch.arange(num_tokens, device=self.keys.device)
 
-    def mask(self, num_tokens: int) -> Tensor | None:
+    def is_seen(self, num_tokens: int) -> Tensor | None:
         """What the next tokens may attend to, `(B, 1, T, S + T)`; None when that is everything or plainly causal."""
         if len(set(self.lengths)) == 1 and (num_tokens == 1 or self.lengths[0] == 0):
             return None

@@ -24,14 +24,6 @@ Draw = Callable[[torch.Generator], Tensor]
 """Makes one tensor's values, float32."""
 
 
-def initialise(model: FastVLM, seed: int) -> None:
-    """Fill a model with random weights in place, a tensor at a time; the same seed gives the same weights."""
-    draws = initial_values(model, seed)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(draws[name]())
-
-
 def initial_values(model: FastVLM, seed: int) -> dict[str, Callable[[], Tensor]]:
     """How to make each tensor of a model's state, which may be on the meta device."""
     rules = dict(_rules(model))

@@ -52,7 +52,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
+        self, x: Tensor, angles: tuple[Tensor, Tensor], is_seen: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
         """`(B, T, D)` to the same."""
         num_rows, num_tokens, _ = x.shape
@@ -66,10 +66,10 @@ class Attention(nn.Module):
         if num_tokens == 1:
             # One token: the query heads that share a key head stand in for tokens, and nothing is copied.
             query = query.view(num_rows, self.num_kv_heads, group, self.head_dim)
-            x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            x = F.scaled_dot_product_attention(query, key, value, attn_mask=is_seen)
         else:
             key, value = (y.repeat_interleave(group, dim=1) for y in (key, value))
-            x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+            x = F.scaled_dot_product_attention(query, key, value, attn_mask=is_seen, is_causal=is_seen is None)
             x = x.transpose(1, 2)  # (B, T, A, E)
         return self.o_proj(x.reshape(num_rows, num_tokens, -1))
 
@@ -102,10 +102,10 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
+        self, x: Tensor, angles: tuple[Tensor, Tensor], is_seen: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
         """`(B, T, D)` to the same."""
-        x = x + self.self_attn(self.input_layernorm(x), angles, mask, cache, layer)
+        x = x + self.self_attn(self.input_layernorm(x), angles, is_seen, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -135,12 +135,12 @@ class Qwen2(nn.Module):
         """
         num_tokens = embeds.shape[1]
         if cache is None:
-            positions, mask = torch.arange(num_tokens, device=embeds.device)[None], None
+            positions, is_seen = torch.arange(num_tokens, device=embeds.device)[None], None
         else:
-            positions, mask = cache.positions(num_tokens), cache.mask(num_tokens)
+            positions, is_seen = cache.positions(num_tokens), cache.is_seen(num_tokens)
         cosine, sine = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         angles = cosine.to(embeds.dtype), sine.to(embeds.dtype)
         x = embeds
         for index, layer in enumerate(self.layers):
-            x = layer(x, angles, mask, cache, index)
+            x = layer(x, angles, is_seen, cache, index)
         return self.norm(x)
