@@ -2,13 +2,17 @@
 
 import os
 import random
+import shutil
 import socket
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
-from fastvlm.synth.assets import default_folder
+from fastvlm.synth.assets import default_folder, is_complete
+from fastvlm.train.assets import fetch_assets
 
 GOLDENS = Path(__file__).parent / "goldens"
 ASSETS = default_folder()  # before the tests' own home: fonts and emoji are fetched once a machine
@@ -60,6 +64,20 @@ def tiny():
 @pytest.fixture(scope="session")
 def photo():
     return GOLDENS / "images" / "photo.jpg"
+
+
+@pytest.fixture(scope="session")
+def real_assets():
+    """The folder of fonts, emoji and words; fetched once a machine, unless npm or its registry is out of reach."""
+    ASSETS.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(ASSETS.parent / "tests.lock"):
+        if not is_complete(ASSETS):
+            if (npm := shutil.which("npm")) is None:
+                pytest.skip("npm is not installed, and it brings the fonts and emoji")
+            if subprocess.run([npm, "ping"], capture_output=True, timeout=120, check=False).returncode:
+                pytest.skip("npm cannot reach its registry, which has the fonts and emoji")
+            fetch_assets(ASSETS)
+    return ASSETS
 
 
 @pytest.fixture

@@ -36,6 +36,8 @@ ROW = {unit: row for row, units in enumerate(LAYERS) for unit in units}
 EVERY_FILE = sorted(SRC.rglob("*.py"))
 MODULES = [p for p in EVERY_FILE if p.parent != SRC or p.stem not in {"__init__", "__main__"}]
 FLOORS = {"pillow": "13", "torch": "2.10"}  # versions below have holes that are known
+LONGEST = 600  # lines of a file
+TABLES = {"synth/wording.py": 760}  # files that are lists, and grow by rows
 FORBIDDEN_UNITS = {"utils", "util", "common", "helpers", "base", "misc"}
 
 
@@ -127,6 +129,20 @@ def test_every_file_says_what_it_knows(path):
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
     assert docstring, f"{relative(path)} has no docstring"
+
+
+@pytest.mark.parametrize("path", EVERY_FILE, ids=relative)
+def test_a_file_can_be_read_in_one_sitting(path):
+    limit = TABLES.get(path.relative_to(SRC).as_posix(), LONGEST)
+
+    num_lines = len(path.read_text(encoding="utf-8").splitlines())
+
+    assert num_lines <= limit, f"{relative(path)} has {num_lines} lines, {limit} are allowed; split it"
+
+
+def test_files_that_may_be_longer_need_to_be():
+    for name in TABLES:
+        assert len((SRC / name).read_text(encoding="utf-8").splitlines()) > LONGEST, f"{name} needs no exception"
 
 
 def test_no_file_is_named_after_nothing():

@@ -13,7 +13,6 @@ import pytest
 
 import fastvlm
 from fastvlm import options
-from fastvlm.checkpoint.zoo import NANO_FOLDER
 from fastvlm.cli import VERBS, flags
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +20,6 @@ READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
-needs_nano = pytest.mark.skipif(
-    not (NANO_FOLDER / "model.safetensors").is_file(), reason="nano has no weights in this tree"
-)
 
 
 def name_of(path):
@@ -56,7 +52,6 @@ def run(*command, cwd=ROOT):
     )
 
 
-@needs_nano
 @pytest.mark.parametrize("path", READMES, ids=name_of)
 def test_the_python_of_the_readme_runs(path):
     snippets = blocks(path, "python")
@@ -152,7 +147,6 @@ def test_the_readme_shows_the_examples_as_they_are(path):
         assert f"{example['prompt']} **{example['answer']}**" in text
 
 
-@needs_nano
 def test_the_example_asks_nano_about_every_picture():
     result = run("examples/predict.py")
 
@@ -160,7 +154,6 @@ def test_the_example_asks_nano_about_every_picture():
     assert result.stdout.count("question:") == len(list((ROOT / "examples" / "images").glob("*.png"))) > 0
 
 
-@needs_nano
 def test_the_example_streams_an_answer(tmp_path):
     picture = ROOT / "examples" / "images" / "counting.png"
 

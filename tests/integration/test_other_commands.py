@@ -13,12 +13,8 @@ from PIL import Image
 
 import fastvlm
 from fastvlm import cli
-from fastvlm.checkpoint.zoo import NANO_FOLDER
-from fastvlm.synth.assets import default_folder, is_complete
 
 SHORT = fastvlm.GenerationOptions(max_new_tokens=5)
-needs_assets = pytest.mark.skipif(not is_complete(default_folder()), reason="needs `fastvlm data assets`")
-needs_nano = pytest.mark.skipif(not (NANO_FOLDER / "config.json").is_file(), reason="nano is not in this tree")
 
 
 @pytest.fixture
@@ -100,7 +96,6 @@ def test_a_converted_model_answers_alike(fastvlm_, tmp_path, tiny, to):
     assert answers[0] == answers[1]
 
 
-@needs_nano
 def test_random_weights_come_from_a_seed(fastvlm_, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         fastvlm_("models", "init", "nano", "--seed", seed, "--out", tmp_path / name)
@@ -109,7 +104,7 @@ def test_random_weights_come_from_a_seed(fastvlm_, tmp_path):
     assert a == b != c
 
 
-@needs_assets
+@pytest.mark.usefixtures("real_assets")
 def test_drawn_pictures_are_a_data_set_that_training_reads(fastvlm_, tmp_path, goldens):
     drawn, trained = tmp_path / "drawn here", tmp_path / "trained"
 
@@ -130,7 +125,7 @@ def test_drawn_pictures_are_a_data_set_that_training_reads(fastvlm_, tmp_path, g
     assert fastvlm.load(trained, device="cpu").ask("Hi", options=SHORT).completion_tokens
 
 
-@needs_assets
+@pytest.mark.usefixtures("real_assets")
 def test_the_same_seed_draws_the_same_pictures(fastvlm_, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         fastvlm_("data", "synth", "--out", tmp_path / name, "--num", 2, "--seed", seed, "--split", "heldout")
@@ -163,11 +158,9 @@ def test_the_doctor_sees_that_a_device_is_not_here(capsys):
     assert "device" in err
 
 
-def test_assets_that_are_complete_are_left_alone(fastvlm_, tmp_path):
-    if not is_complete(default_folder()):
-        pytest.skip("needs `fastvlm data assets`")
+def test_assets_that_are_complete_are_left_alone(fastvlm_, tmp_path, real_assets):
     folder = tmp_path / "assets"
-    shutil.copytree(default_folder(), folder)
+    shutil.copytree(real_assets, folder)
 
     out, err = fastvlm_("data", "assets", "--folder", folder)
 
@@ -175,7 +168,7 @@ def test_assets_that_are_complete_are_left_alone(fastvlm_, tmp_path):
     assert "is complete" in err
 
 
-@needs_assets
+@pytest.mark.usefixtures("real_assets")
 def test_a_measurement_prints_a_table_and_writes_what_it_is_told(fastvlm_, tmp_path, tiny):
     results = tmp_path / "results.json"
     small = ["--num-samples", 2, "--max-new-tokens", 4, "--workers", 0, "--device", "cpu"]

@@ -11,15 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm.checkpoint.zoo import NANO_FOLDER
-
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "images").glob("*.json"))
 WIDEST = 18_000_000  # bytes: nano, its tokenizer, and code
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("wheel"),  # one process, one environment
-    pytest.mark.skipif(not (NANO_FOLDER / "model.safetensors").is_file(), reason="nano has no weights in this tree"),
 ]
 
 

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+from fastvlm import cli
 from fastvlm.errors import DownloadError, InputError
-from fastvlm.synth.assets import default_folder, is_complete, is_heldout_word, lock_digest, read_assets, read_lock
+from fastvlm.synth.assets import default_folder, is_heldout_word, lock_digest, read_assets, read_lock
 from fastvlm.synth.kinds import KINDS
 from fastvlm.train import assets as making
 from fastvlm.train.assets import fetch_assets, pin, update_lock
@@ -58,11 +59,9 @@ def write_npm(folder: Path, script: str) -> None:
 
 
 @pytest.fixture
-def folder() -> Path:
-    """The real assets, where `fastvlm data assets` has been run."""
-    if not is_complete(default_folder()):
-        pytest.skip("no fonts and emoji here: run `fastvlm data assets`")
-    return default_folder()
+def folder(real_assets) -> Path:
+    """The real assets."""
+    return real_assets
 
 
 def test_kinds_have_distinct_everyday_words_and_distinct_emoji() -> None:
@@ -249,6 +248,21 @@ def test_a_client_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_pa
         pin([{"name": "a", "version": "1", "role": "font"}])
 
 
+def test_the_command_that_updates_the_lock_leaves_it_alone_when_it_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = making.LOCK.read_bytes()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+
+    status = cli.main(["data", "assets", "--update-lock", "--folder", str(tmp_path / "assets")])
+
+    assert status == 2
+    assert "npm is not installed" in capsys.readouterr().err
+    assert making.LOCK.read_bytes() == before
+    assert json.loads(before) == read_lock()
+    assert not (tmp_path / "assets").exists()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="the stand-in for npm is a script with a first line")
 def test_the_lock_file_gets_the_digest_of_what_came(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_npm(tmp_path / "bin", "open('a.tgz', 'wb').write(b'archive')")
@@ -256,7 +270,7 @@ def test_the_lock_file_gets_the_digest_of_what_came(monkeypatch: pytest.MonkeyPa
     lock = tmp_path / "lock.json"
     lock.write_text(json.dumps({"packages": [{"name": "@a/b", "version": "1", "role": "font", "sha256": "0" * 64}]}))
 
-    update_lock(lock)
+    assert update_lock(lock) == lock
 
     row = json.loads(lock.read_text())["packages"][0]
     assert row["sha256"] == hashlib.sha256(b"archive").hexdigest()
