@@ -36,6 +36,7 @@ FORMATS = (*WEB_FORMATS, "TIFF")
 
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 30_000
+_FRAMES_AT_ONCE = 4  # frames are held together: at most so many times the pixels of the largest picture
 
 _MAX_STREAM_BYTES = 1 << 29  # a pipe has no size to check: `yes | fastvlm predict --image -` must end
 _CHUNK_PIXELS = 1 << 22  # the largest black-padded piece held at once
@@ -169,7 +170,14 @@ def read_frames(  # noqa: PLR0913
             return _read_video(file, label, num_frames=num_frames, max_pixels=max_pixels)
         frames = []
         picture = _open_picture(file, label, max_pixels=max_pixels, formats=formats)
-        for i in _spread(_count_frames(picture, label), num_frames):
+        chosen_frames = _spread(_count_frames(picture, label), num_frames)
+        total = len(chosen_frames) * picture.width * picture.height
+        if total > _FRAMES_AT_ONCE * max_pixels:
+            raise InputError(
+                f"{label}: {len(chosen_frames)} frames of {picture.width} x {picture.height} pixels are more than "
+                f"{_FRAMES_AT_ONCE} times the limit of {max_pixels}; ask for fewer frames, or make them smaller"
+            )
+        for i in chosen_frames:
             with _decoding(label), _quiet():
                 picture.seek(i)
                 frame = picture.copy()

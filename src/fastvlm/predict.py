@@ -205,12 +205,20 @@ class Predictor:
 
     def pixels(self, image: ImageSource, options: ImageOptions) -> Tensor:
         """Read a picture and make it the square that the encoder sees, `(1, 3, H, W)` in [0, 1]."""
+        picture = read(image, max_pixels=options.max_pixels, exif=options.exif, alpha=options.alpha)
+        return to_pixels(picture, size=self.side(options), fit=options.fit or self.config.vision.fit)
+
+    def side(self, options: ImageOptions) -> int:
+        """The side in pixels of the square that the encoder sees.
+
+        Raises:
+            InputError: It is not a multiple of the encoder's stride.
+        """
         vision = self.config.vision
         size = options.image_size or vision.image_size
         if size % vision.stride:
             raise InputError(f"image_size must be a multiple of {vision.stride}, got {size}")
-        picture = read(image, max_pixels=options.max_pixels, exif=options.exif, alpha=options.alpha)
-        return to_pixels(picture, size=size, fit=options.fit or vision.fit)
+        return size
 
     def to_device(self, pixels: Tensor) -> Tensor:
         """Put pixels `(P, 3, H, W)` where the encoder is, in its format and memory order."""
@@ -254,13 +262,12 @@ class Chat:
         predictor = self.predictor
         model, tokenizer, device = predictor.model, predictor.tokenizer, predictor.placement.device
         clock = _Clock(device)
-        pixels = [predictor.pixels(image, self.image_options) for image in images]
-        preprocess_ms = clock.lap()
-        counts = [self._num_tokens(square) for square in pixels]
+        counts = [(predictor.side(self.image_options) // predictor.config.vision.stride) ** 2] * len(images)
         prompt_ids = self._read(user(prompt, len(images)), counts)
         num_read = len(prompt_ids) + (self._cache.lengths[0] if self._cache else 0)
         num_new = limit(self.options, num_read, predictor.config.language.max_positions)
-
+        pixels = [predictor.pixels(image, self.image_options) for image in images]
+        preprocess_ms = clock.lap()
         embeds = [model.encode(predictor.to_device(batch)) for batch in _batches(pixels)]  # each (P, N, D)
         image_embeds = torch.cat([x.flatten(0, 1) for x in embeds]) if embeds else None
         encode_ms = clock.lap()
@@ -317,10 +324,6 @@ class Chat:
             if not length:
                 self._cache = None
             raise
-
-    def _num_tokens(self, pixels: Tensor) -> int:
-        height, width = self.predictor.model.vision.grid(pixels.shape)
-        return height * width
 
     def _grow(self, capacity: int) -> None:
         """See to it that the cache holds `capacity` positions; what it holds is kept."""

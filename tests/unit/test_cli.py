@@ -283,7 +283,7 @@ def test_debugging_shows_where_an_error_comes_from(capsys, monkeypatch, verb_tha
     if how == "variable":
         monkeypatch.setenv("FASTVLM_DEBUG", "1")
 
-    status, _, err = run(capsys, "try", *(["--debug"] if how == "flag" else []))
+    status, _, err = run(capsys, *(["--debug"] if how == "flag" else []), "try")
 
     assert status == 1
     assert "Traceback" in err
@@ -305,3 +305,18 @@ def test_every_public_name_is_there():
     assert set(fastvlm.__all__) <= set(dir(fastvlm))
     with pytest.raises(AttributeError):
         _ = fastvlm.nonsense
+
+
+def test_debug_further_on_is_somebodys_value(capsys):
+    status, _, err = run(capsys, "predict", "--image", "--debug", "--prompt", "x")
+
+    assert status == 2
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("args", [("help", "predict"), ("-h", "predict"), ("predict", "--help")])
+def test_help_about_a_verb_may_be_asked_either_way(capsys, args):
+    status, out, _ = run(capsys, *args)
+
+    assert status == 0
+    assert "--image" in out

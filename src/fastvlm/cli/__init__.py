@@ -58,11 +58,12 @@ class _Terminated(BaseException):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
-    is_debug = "--debug" in args or os.environ.get("FASTVLM_DEBUG", "") not in ("", "0")
+    has_flag = args[:1] == ["--debug"]  # only here: further on it may be somebody's prompt
+    is_debug = has_flag or os.environ.get("FASTVLM_DEBUG", "") not in ("", "0")
     output = Output(sys.stdout, sys.stderr)
     try:
         with _terminable(), _quiet(is_debug), logging_to(output, is_debug=is_debug):
-            _dispatch([arg for arg in args if arg != "--debug"], output)
+            _dispatch(args[has_flag:], output)
     except FastVLMError as error:
         return _fail(output, f"fastvlm: error: {_one_line(error)}", ERROR, is_debug=is_debug)
     except KeyboardInterrupt:
@@ -82,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(args: Sequence[str], output: Output) -> None:
+    if len(args) > 1 and args[0] in ("-h", "--help", "help"):
+        args = [*args[1:], "--help"]
     if not args or args[0] in ("-h", "--help", "help"):
         output.write(_help(""))
         return
@@ -131,7 +134,10 @@ def _help(prefix: str) -> str:
     lines += ["", "`fastvlm COMMAND --help` shows a command's options."]
     if not prefix:
         lines += ["", "  fastvlm predict --image cat.jpg --prompt 'What is this?'"]
-        lines += ["", "--version prints the version; --debug, or FASTVLM_DEBUG=1, shows where an error comes from."]
+        lines += [
+            "",
+            "--version prints the version; --debug COMMAND, or FASTVLM_DEBUG=1, shows where an error comes from.",
+        ]
     return "\n".join(lines) + "\n"
 
 
