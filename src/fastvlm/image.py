@@ -452,7 +452,7 @@ def _open_file(path: str | Path, label: str) -> BinaryIO:
     file = os.fdopen(number, "rb")
     if not stat.S_ISREG(os.fstat(number).st_mode):
         file.close()
-        raise InputError(f"{label}: not a regular file, expected a picture")
+        raise InputError(f"{label}: not a regular file, expected a picture (`-` reads standard input)")
     return file
 
 
