@@ -76,6 +76,10 @@ class VisionConfig(_Section):
             raise ConfigError(f"depths {self.depths} and dims {self.dims} must name the same two or more stages")
         if self.image_size % self.stride:
             raise ConfigError(f"image_size must be a multiple of {self.stride}, got {self.image_size}")
+        if type(self.num_attention_stages) is not int or not 0 <= self.num_attention_stages <= len(self.dims):
+            raise ConfigError(
+                f"num_attention_stages must be between 0 and {len(self.dims)}, got {self.num_attention_stages!r}"
+            )
         for dim in self.dims[len(self.dims) - self.num_attention_stages :]:
             if dim % self.head_dim:
                 raise ConfigError(f"dims {self.dims}: attention stages need multiples of head_dim {self.head_dim}")
@@ -174,6 +178,11 @@ class Config(_Section):
             raise ConfigError(
                 f"projector.out_dim ({self.projector.out_dim}) must be language.dim ({self.language.dim})"
             )
+
+
+def table_rows(num_ids: int) -> int:
+    """Rows of an embedding table for so many ids: rounded up to a multiple of 64, as processors like them."""
+    return -(-num_ids // 64) * 64
 
 
 _QWEN2 = {

@@ -6,7 +6,6 @@ addresses are public, and the connection goes to the address that was checked.
 
 import contextlib
 import hashlib
-import importlib
 import ipaddress
 import json
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import httpx2
+from filelock import FileLock, Timeout
 
 from fastvlm.errors import DownloadError
 
@@ -93,7 +93,7 @@ def read_url(url: str, options: FetchOptions | None = None) -> bytes:
     options = options or FetchOptions()
     content = bytearray()
     with _Deadline(options.total_timeout) as deadline:
-        job = _Job(url, _label(url), options, deadline)
+        job = _Job(url, without_secrets(url), options, deadline)
         try:
             with _get(job, {}) as response:
                 for chunk in _body(response, job):
@@ -132,7 +132,7 @@ def download(  # noqa: PLR0913
         DownloadError: The address cannot be fetched, what came is not what was promised, or it cannot be written.
     """
     with _Deadline(options.total_timeout) as deadline, _writing(path):
-        job = _Job(url, _label(url), options, deadline)
+        job = _Job(url, without_secrets(url), options, deadline)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path), open(_beside(path, ".incomplete"), "a+b") as file:
             partial = _Partial(file, _beside(path, ".incomplete.json"), size=size, sha256=sha256)
@@ -457,7 +457,7 @@ def _page(label: str) -> str:
     return f"{label}: the server sent a web page (HTML); is this the address of the file itself?"
 
 
-def _label(url: str) -> str:
+def without_secrets(url: str) -> str:
     """The address as messages show it: without user, password and query, which may be secret."""
     text = re.sub(r"^([^:/?#]*:[/\\]*)[^/?#\\]*@", r"\1", url)
     text = re.split(r"[?#]", text, maxsplit=1)[0]
@@ -479,22 +479,16 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Keep a second process from writing the same file; where the system has no such locks, do without."""
+    """Keep a second process from writing the same file; the lock's own file stays, as removing it would free it."""
+    lock = FileLock(_beside(path, ".incomplete.lock"))
     try:
-        fcntl = importlib.import_module("fcntl")
-    except ImportError:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise DownloadError(f"{path}: another process is downloading it; wait for that one") from error
+    try:
         yield
-        return
-    name = _beside(path, ".incomplete.lock")
-    with open(name, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DownloadError(f"{path}: another process is downloading it; wait for that one") from error
-        try:
-            yield
-        finally:
-            name.unlink(missing_ok=True)
+    finally:
+        lock.release()
 
 
 class _Deadline:

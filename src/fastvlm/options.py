@@ -358,6 +358,8 @@ class DataAssetsOptions:
 
     folder: str | None = None
     """Where they go; by default FASTVLM_ASSETS, or a folder of this user's cache."""
+    update_lock: bool = False
+    """Maintenance: after a version in src/fastvlm/synth/assets.json was changed, write each package's sha256 there."""
     quiet: bool = False
     """No progress lines."""
 

@@ -48,6 +48,19 @@ def test_licences_go_along_with_a_note_of_the_changes(tmp_path):
     assert (twice / "CHANGES.md").read_text().count("# Changes made") == 2
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("out", ["source", "source/inside", "link"])
+def test_a_folder_is_not_converted_into_itself(out, overwrite, tmp_path):
+    source = checkpoint.convert(GOLDENS / "apple_tiny", "hf", tmp_path / "source")
+    (tmp_path / "link").symlink_to(source)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+
+    with pytest.raises(CheckpointError, match="which is read; name another folder"):
+        checkpoint.convert(source, "hf", tmp_path / out, dtype=torch.bfloat16, overwrite=overwrite)
+
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
 @pytest.mark.parametrize(("to", "reader"), [("apple", "Apple's code and app"), ("mlx", "mlx-vlm")])
 def test_a_geometry_that_the_others_do_not_know_is_refused_in_one_line(to, reader, tmp_path):
     with pytest.raises(CheckpointError) as error:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastvlm import checkpoint
+from fastvlm.config import Config, LanguageConfig, ProjectorConfig, VisionConfig
 from fastvlm.errors import CheckpointError
+from fastvlm.model.fastvlm import FastVLM
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 APPLE_VISION = "model.vision_tower.vision_tower.model."
@@ -271,6 +274,32 @@ def test_a_language_model_may_come_from_a_second_folder(apple_tensors, reference
     folder = write(tmp_path / "folder", "apple_tiny", rest, drop=["tokenizer.json", "vocab.json", "merges.txt"])
 
     assert_same(checkpoint.load(folder, language=language).model, reference)
+
+
+def test_an_encoder_may_come_from_a_zip_archive(apple_tensors, reference, tmp_path):
+    archive = Path(shutil.make_archive(str(tmp_path / "whole"), "zip", GOLDENS / "apple_tiny"))
+    folder = write(tmp_path / "folder", "apple_tiny", ios_tensors(apple_tensors))
+
+    encoder = checkpoint.load_encoder(archive)
+
+    assert_same(checkpoint.load(folder, vision=archive).model, reference)
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, reference[f"vision.{name}"])
+
+
+def test_a_language_model_may_come_from_a_zip_archive(apple_tensors, reference, tmp_path):
+    language = qwen2_folder(tmp_path / "language", apple_tensors)
+    archive = Path(shutil.make_archive(str(tmp_path / "language"), "zip", language))
+    shutil.rmtree(language)
+    rest = {name: tensor for name, tensor in apple_tensors.items() if "mm_projector" in name or APPLE_VISION in name}
+    folder = write(tmp_path / "folder", "apple_tiny", rest, drop=["tokenizer.json", "vocab.json", "merges.txt"])
+
+    model, _, tokenizer = checkpoint.load_language(archive)
+
+    assert_same(checkpoint.load(folder, language=archive).model, reference)
+    assert tokenizer.vocab_size == 489
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, reference[f"language.{name}"])
 
 
 @pytest.mark.parametrize("prefix", ["", "image_encoder.model."])
@@ -698,3 +727,43 @@ def test_a_strange_value_under_any_key_is_read_or_refused_in_one_line(file, stra
             messages.append(str(error))
     assert len(messages) > 5
     assert not any("\n" in message for message in messages)
+
+
+MEASURE = """
+import sys
+import torch
+from fastvlm import checkpoint
+
+def memory(key):
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
+
+dtype = None if sys.argv[2] == "None" else getattr(torch, sys.argv[2])
+checkpoint.load(sys.argv[3])  # a small one: whatever is made once is made here
+before = memory("VmRSS")
+model = checkpoint.load(sys.argv[1], dtype=dtype).model
+print(memory("VmHWM") - before)  # not ru_maxrss, which counts the parent
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+@pytest.mark.parametrize(("dtype", "most"), [(None, 1.25), (torch.bfloat16, 0.75)])
+def test_loading_makes_no_second_copy_of_the_weights(dtype, most, tmp_path):
+    config = Config(
+        vision=VisionConfig(image_size=64, depths=(1, 1, 1, 1, 1), dims=(16, 32, 64, 64, 64)),
+        projector=ProjectorConfig(in_dim=128, out_dim=1024),
+        language=LanguageConfig(
+            dim=1024, num_layers=4, num_heads=8, num_kv_heads=2, mlp_dim=4096, vocab_size=512, tied=True
+        ),
+        image_token_id=489,
+    )
+    model = FastVLM(config).eval()
+    folder = checkpoint.save(model, checkpoint.load(GOLDENS / "apple_tiny").tokenizer, tmp_path / "large")
+    size = (folder / "model.safetensors").stat().st_size
+
+    command = [sys.executable, "-c", MEASURE, str(folder), str(dtype).removeprefix("torch."), GOLDENS / "apple_tiny"]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert size > 200_000_000
+    assert grown < most * size

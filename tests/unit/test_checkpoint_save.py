@@ -1,6 +1,7 @@
 """What is saved is whole, the same every time, and never in the way of what was there."""
 
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -161,12 +162,96 @@ def test_an_empty_folder_is_used_and_another_replaced_when_allowed(apple, tmp_pa
     (tmp_path / "out").mkdir()
 
     checkpoint.save(apple.model, apple.tokenizer, tmp_path / "out")
-    (tmp_path / "out" / "old.txt").write_text("old")
+    (tmp_path / "out" / "README.md").write_text("of the old one")
     checkpoint.save(apple.model, apple.tokenizer, tmp_path / "out", overwrite=True)
 
     assert checkpoint.load(tmp_path / "out").layout == "transformers"
-    assert not (tmp_path / "out" / "old.txt").exists()
+    assert not (tmp_path / "out" / "README.md").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("stranger", ["thesis.txt", "checkpoint-5/config.json", "results.json"])
+@pytest.mark.parametrize("is_checkpoint", [True, False])
+def test_what_is_no_checkpoint_alone_is_never_overwritten(stranger, is_checkpoint, apple, tmp_path):
+    folder = tmp_path / "out"
+    if is_checkpoint:
+        checkpoint.save(apple.model, apple.tokenizer, folder)
+    (folder / stranger).parent.mkdir(parents=True, exist_ok=True)
+    (folder / stranger).write_text("years of work")
+    before = sorted(folder.rglob("*"))
+
+    with pytest.raises(CheckpointError, match=f"holds '{stranger.split('/')[0]}' and is no checkpoint alone"):
+        checkpoint.save(apple.model, apple.tokenizer, folder, overwrite=True)
+
+    assert (folder / stranger).read_text() == "years of work"
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_folder_with_a_readme_alone_is_no_checkpoint(apple, tmp_path):
+    (tmp_path / "README.md").write_text("a repository")
+
+    with pytest.raises(CheckpointError, match=r"holds 'README\.md'"):
+        checkpoint.save(apple.model, apple.tokenizer, tmp_path, overwrite=True)
+
+    assert contents(tmp_path) == {"README.md": b"a repository"}
+
+
+@pytest.mark.parametrize("target", [".", "..", "../here"])
+def test_the_folder_that_one_stands_in_is_not_taken_away(target, apple, tmp_path, monkeypatch):
+    checkpoint.save(apple.model, apple.tokenizer, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+
+    with pytest.raises(CheckpointError, match="the folder you are in"):
+        checkpoint.save(apple.model, apple.tokenizer, target, overwrite=True)
+
+    assert checkpoint.load(tmp_path / "here").layout == "transformers"
+
+
+def test_a_link_to_a_folder_stays_a_link(apple, tmp_path):
+    checkpoint.save(apple.model, apple.tokenizer, tmp_path / "real")
+    (tmp_path / "real" / "README.md").write_text("of the old one")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+
+    checkpoint.save(apple.model, apple.tokenizer, tmp_path / "link", overwrite=True)
+
+    assert (tmp_path / "link").is_symlink()
+    assert not (tmp_path / "real" / "README.md").exists()
+    assert checkpoint.load(tmp_path / "real").layout == "transformers"
+
+
+@pytest.mark.parametrize("moment", [0, 1])
+@pytest.mark.parametrize("is_done", [True, False])
+def test_an_interrupt_while_folders_change_places_leaves_a_whole_one(moment, is_done, apple, tmp_path, monkeypatch):
+    checkpoint.save(apple.model, apple.tokenizer, tmp_path / "out")
+    replace, calls = os.replace, []
+
+    def interrupted(source, target):
+        calls.append(source)
+        is_now = len(calls) == moment + 1
+        if is_done or not is_now:
+            replace(source, target)
+        if is_now:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(apple.model, apple.tokenizer, tmp_path / "out", overwrite=True)
+
+    assert checkpoint.load(tmp_path / "out").layout == "transformers"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_value_that_float16_cannot_hold_is_refused(apple, tmp_path):
+    apple.model.language.norm.weight.data[3] = 70_000
+
+    with pytest.raises(CheckpointError, match=r"norm\.weight has values up to .*too large for float16; take bfloat16"):
+        checkpoint.save(apple.model, apple.tokenizer, tmp_path / "half", dtype=torch.float16)
+    checkpoint.save(apple.model, apple.tokenizer, tmp_path / "brain", dtype=torch.bfloat16)
+
+    with pytest.raises(CheckpointError, match=r"norm\.weight' has values up to .*too large for float16"):
+        checkpoint.load(tmp_path / "brain", dtype=torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["brain"]
 
 
 def test_a_save_that_fails_leaves_what_was_there(apple, tmp_path):

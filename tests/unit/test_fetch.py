@@ -418,7 +418,8 @@ def test_a_proxy_of_the_environment_is_not_asked_when_strict(server, names, monk
 
 
 def left(folder):
-    return sorted(path.name for path in folder.iterdir())
+    """What a download leaves beside the file of its lock, which stays."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
 def test_a_file_is_downloaded_with_progress(server, tmp_path):
@@ -561,6 +562,22 @@ def test_two_downloads_of_one_file_do_not_mix(server, tmp_path):
     thread.join()
 
     assert results == [DIGEST]
+
+
+def test_a_lock_that_was_opened_before_it_was_free_still_keeps_others_out(server, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    lock, opened = tmp_path / "x.incomplete.lock", []
+
+    def another_process_opens_it(_done, _total):
+        if not opened:
+            opened.append(lock.open("ab"))
+
+    download(server.url + "/file", tmp_path / "x", options=FAST, progress=another_process_opens_it)
+    with opened[0] as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+        with pytest.raises(DownloadError, match="another process"):
+            download(server.url + "/file", tmp_path / "x", options=FAST)
 
 
 def test_a_dripping_download_ends(server, tmp_path):

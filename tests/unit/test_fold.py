@@ -10,8 +10,15 @@ from torch.testing import assert_close
 from fastvlm.config import Config, LanguageConfig, ProjectorConfig, VisionConfig
 from fastvlm.model import fold
 from fastvlm.model.fastvlm import FastVLM
-from fastvlm.model.initialise import initialise
+from fastvlm.model.initialise import initial_values
 from fastvlm.model.vision import ConvNorm, FastViTHD, LayerScale
+
+
+@torch.no_grad()
+def initialise(model, seed):
+    draws = initial_values(model, seed)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(draws[name]())
 
 
 def build(*, is_reparameterised, depths=(1, 1, 2, 1, 1), dims=(16, 32, 64, 128, 256), seed=0):

@@ -8,9 +8,16 @@ from torch import nn
 
 from fastvlm.config import PRESETS, Config, LanguageConfig, ProjectorConfig, VisionConfig
 from fastvlm.model.fastvlm import FastVLM
-from fastvlm.model.initialise import initial_values, initialise
+from fastvlm.model.initialise import initial_values
 
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+@torch.no_grad()
+def initialise(model, seed):
+    draws = initial_values(model, seed)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(draws[name]())
 
 
 def tiny(*, is_reparameterised):

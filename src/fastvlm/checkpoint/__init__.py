@@ -1,7 +1,7 @@
 """A folder on disk to a model and back; all that is known about foreign names and files is in this folder."""
 
 from fastvlm.checkpoint.convert import convert
-from fastvlm.checkpoint.create import init_checkpoint, nano_tokenizer
+from fastvlm.checkpoint.create import init_checkpoint, packaged_tokenizer
 from fastvlm.checkpoint.load import Checkpoint, assemble, load, load_encoder, load_language
 from fastvlm.checkpoint.save import save
 
@@ -13,6 +13,6 @@ __all__ = [
     "load",
     "load_encoder",
     "load_language",
-    "nano_tokenizer",
+    "packaged_tokenizer",
     "save",
 ]

@@ -100,16 +100,30 @@ def build(
 
 def _take(parts: Parts, name: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
     source = parts.sources[name]
-    stored = source.read()
+    stored, label = source.read(), f"{parts.origin}: {source.stored_name!r}"
     is_count = name.endswith(".num_batches_tracked")
     if stored.is_floating_point() == is_count:
-        raise CheckpointError(f"{parts.origin}: {source.stored_name!r} has dtype {stored.dtype}; is it quantised?")
+        raise CheckpointError(f"{label} has dtype {stored.dtype}; is it quantised?")
     if not is_count and not _is_finite(stored):
-        raise CheckpointError(f"{parts.origin}: {source.stored_name!r} holds NaN or infinity; the weights are damaged")
-    tensor = stored.to(device=device, dtype=None if is_count else dtype)
+        raise CheckpointError(f"{label} holds NaN or infinity; the weights are damaged")
+    tensor = converted(stored, label, dtype=None if is_count else dtype, device=device)
     if tensor is not stored:
         source.forget()
     return tensor
+
+
+def converted(tensor: Tensor, label: str, *, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+    """Move a tensor and change its dtype; None keeps it.
+
+    Raises:
+        CheckpointError: A finite value of the tensor called `label` becomes infinite: float16 ends at 65,504.
+    """
+    result = tensor.to(device=device, dtype=dtype)
+    is_narrower = result.is_floating_point() and torch.finfo(result.dtype).max < torch.finfo(tensor.dtype).max
+    if is_narrower and not _is_finite(result) and _is_finite(tensor):
+        largest, kind = float(tensor.abs().max()), str(result.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{label} has values up to {largest:.3g}, too large for {kind}; take bfloat16 or float32")
+    return result
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvlm.checkpoint import apple, huggingface, mlx
+from fastvlm.checkpoint.folder import staged_folder
 from fastvlm.checkpoint.load import Checkpoint, load
 from fastvlm.checkpoint.save import (
     CLIP_HEAD,
@@ -15,7 +16,6 @@ from fastvlm.checkpoint.save import (
     MAX_SHARD_BYTES,
     Entry,
     main_dtype,
-    new_folder,
     tensor_entries,
     write_folder,
     write_generation_config,
@@ -55,13 +55,17 @@ def convert(  # noqa: PLR0913
         language: As `load`.
         dtype: What weights are converted to; None keeps each as stored. BatchNorm stays in float32.
         max_shard_bytes: Larger models are cut into several files.
-        overwrite: Replace a folder that is there.
+        overwrite: Replace a checkpoint that is there; never one that is read.
 
     Raises:
-        CheckpointError: The source cannot be read, or the readers of the layout do not know this geometry.
+        CheckpointError: The source cannot be read, the readers of the layout do not know this geometry, a value is
+            too large for `dtype`, or `out` is a folder that is read or holds more than a checkpoint.
     """
     if to not in TARGETS:
         raise CheckpointError(f"there is no layout {to!r}; expected one of {', '.join(TARGETS)}")
+    for read in (source, vision, language):
+        if read is not None and Path(out).resolve().is_relative_to(Path(read).resolve()):
+            raise CheckpointError(f"{out} lies in {read}, which is read; name another folder")
     checkpoint = load(source, vision=vision, language=language)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     notes = [f"Tensors renamed from the layout {checkpoint.layout!r} to {to!r}, settings rewritten to match."]
@@ -73,7 +77,7 @@ def convert(  # noqa: PLR0913
     if dtype is not None:
         notes.append(f"Weights converted to {str(dtype).removeprefix('torch.')}.")
     entries = tensor_entries(model, dtype)
-    with new_folder(out, overwrite=overwrite) as place:
+    with staged_folder(out, overwrite=overwrite) as place:
         if to == "hf":
             write_folder(place, entries, model.config, tokenizer, max_shard_bytes=max_shard_bytes)
         elif to == "apple":

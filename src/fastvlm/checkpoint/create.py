@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastvlm.checkpoint.build import shapes_only
-from fastvlm.checkpoint.save import Entry, new_folder, tensor_entries, write_folder
-from fastvlm.config import PRESETS
+from fastvlm.checkpoint.folder import staged_folder
+from fastvlm.checkpoint.save import Entry, tensor_entries, write_folder
+from fastvlm.checkpoint.zoo import NANO_FOLDER
+from fastvlm.config import PRESETS, table_rows
 from fastvlm.errors import CheckpointError
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.initialise import initial_values
@@ -34,18 +35,18 @@ def init_checkpoint(  # noqa: PLR0913
         out: The folder.
         tokenizer: None takes nano's; the rows past it are never chosen.
         dtype: Of the weights; BatchNorm stays in float32.
-        overwrite: Replace a folder that is there.
+        overwrite: Replace a checkpoint that is there.
 
     Raises:
-        CheckpointError: There is no such preset, or the folder is there and not empty.
+        CheckpointError: There is no such preset, or the folder is there and not empty, or with `overwrite` holds more
+            than a checkpoint.
     """
     if preset not in PRESETS:
         raise CheckpointError(f"there is no preset {preset!r}; expected one of {', '.join(PRESETS)}")
-    tokenizer = tokenizer or nano_tokenizer()
+    tokenizer = tokenizer or packaged_tokenizer()
     config = replace(PRESETS[preset], image_token_id=tokenizer.image_id)
     if preset == "nano" and tokenizer.vocab_size > config.language.vocab_size:
-        rows = -(-(tokenizer.vocab_size + 1) // 64) * 64  # as training fits it to its tokenizer
-        config = replace(config, language=replace(config.language, vocab_size=rows))
+        config = replace(config, language=replace(config.language, vocab_size=table_rows(tokenizer.vocab_size + 1)))
     if tokenizer.vocab_size > config.language.vocab_size:
         rows = config.language.vocab_size
         raise CheckpointError(f"{tokenizer.origin} has {tokenizer.vocab_size} ids, {preset} has {rows} rows")
@@ -55,18 +56,18 @@ def init_checkpoint(  # noqa: PLR0913
         name: Entry(entry.shape, entry.dtype, _converted(draws[name], entry.dtype))
         for name, entry in tensor_entries(model, dtype).items()
     }
-    with new_folder(out, overwrite=overwrite) as place:
+    with staged_folder(out, overwrite=overwrite) as place:
         write_folder(place, entries, config, tokenizer)
     return Path(out)
 
 
-def nano_tokenizer() -> Tokenizer:
-    """The tokenizer that ships with the package.
+def packaged_tokenizer() -> Tokenizer:
+    """Load the tokenizer of the nano that ships with the package.
 
     Raises:
         CheckpointError: The package was built without it.
     """
-    return Tokenizer.load(Path(str(resources.files("fastvlm"))) / "assets" / "nano")
+    return Tokenizer.load(NANO_FOLDER)
 
 
 def _converted(draw: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -1,5 +1,6 @@
 """A folder on disk to a model: its layout is recognised by what is in it, never by its name."""
 
+import contextlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,7 +70,7 @@ def load(
         CheckpointError: A file, a tensor or a key of the configuration is missing, left over or unsupported.
     """
     path = Path(folder)
-    with opened(path) as place:
+    with opened(path) as place, contextlib.ExitStack() as others:
         raw, origin = _read_config(place), f"{path / 'config.json'}"
         weights = Weights.open(place)
         layout = recognise(weights)
@@ -83,7 +84,8 @@ def load(
             settings = _take_vision(parts, vision, settings)
         tokenizer_place, text = place, section(raw, origin, "text_config") or raw
         if language is not None:
-            tokenizer_place, text = Path(language), _take_language(parts, language)
+            tokenizer_place = others.enter_context(opened(Path(language)))
+            text = _take_language(parts, tokenizer_place, Path(language))
         if layout in ("mlx", "apple-ios"):
             text = mlx.without_quantisation(text)
         _require_parts(parts, path)
@@ -114,18 +116,19 @@ def load_encoder(path: str | Path, *, image_size: int | None = None, dtype: torc
 
 
 def load_language(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Qwen2, LanguageConfig, Tokenizer]:
-    """Load a plain Qwen2 folder, or the language model of a whole checkpoint.
+    """Load a plain Qwen2 folder, or the language model of a whole checkpoint; a zip archive of either will do.
 
     Raises:
         CheckpointError: There is no language model, or not one that we compute.
     """
     folder = Path(path)
     parts = Parts(str(folder))
-    text = _take_language(parts, folder)
+    with opened(folder) as place:
+        text = _take_language(parts, place, folder)
+        tokenizer = Tokenizer.load(place)
     config = _language_config(parts, text, str(folder / "config.json"))
     named = Parts(parts.origin, {name.removeprefix("language."): source for name, source in parts.sources.items()})
     model = build(lambda: Qwen2(config), named, dtype=dtype)
-    tokenizer = Tokenizer.load(folder)
     _check_rows(tokenizer, config)
     return model, config, tokenizer
 
@@ -228,16 +231,15 @@ def _take_vision(parts: Parts, path: str | Path, settings: tuple[int, Fit] | Non
     return settings or other
 
 
-def _take_language(parts: Parts, path: str | Path) -> dict[str, Any]:
-    """Add the language model of another folder; return its configuration."""
+def _take_language(parts: Parts, place: Path, path: Path) -> dict[str, Any]:
+    """Add the language model of another folder `place`, which `path` names; return its configuration."""
     if parts.has("language"):
         raise CheckpointError(f"{parts.origin} has a language model of its own; leave {path} out")
-    place = Path(path)
-    raw, origin = _read_config(place), str(place / "config.json")
+    raw, origin = _read_config(place), str(path / "config.json")
     weights = Weights.open(place)
     other = _translate(recognise(weights), weights, raw, origin)
     if not other.has("language"):
-        raise CheckpointError(f"{place} holds no language model")
+        raise CheckpointError(f"{path} holds no language model")
     parts.sources.update(_only(other, "language").sources)
     return section(raw, origin, "text_config") or raw
 

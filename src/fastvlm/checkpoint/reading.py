@@ -150,7 +150,7 @@ class Weights:
                 if name in self.entries:
                     raise CheckpointError(f"{path}: {name!r} is also in {self.entries[name].file.name}; remove one")
                 self.entries[name] = entry
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._maps = {path: _map(path) for path in files}  # at once, as the folder may be a temporary one
 
     @classmethod
     def open(cls, folder: Path) -> "Weights":
@@ -177,7 +177,7 @@ class Weights:
         count = math.prod(entry.shape)
         if count == 0:
             return torch.empty(entry.shape, dtype=dtype)
-        mapped = self._map(entry.file)
+        mapped = self._maps[entry.file]
         if entry.start % dtype.itemsize:  # other writers may not align; a view would be undefined behaviour
             raw = bytearray(mapped[entry.start : entry.stop])
             return torch.frombuffer(raw, dtype=dtype, count=count).view(entry.shape)
@@ -189,21 +189,23 @@ class Weights:
         start = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
         if hasattr(mmap, "MADV_DONTNEED") and entry.stop - start >= mmap.PAGESIZE:
             length = (entry.stop - start) // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map(entry.file).madvise(mmap.MADV_DONTNEED, start, length)
+            self._maps[entry.file].madvise(mmap.MADV_DONTNEED, start, length)
 
     def fingerprint(self) -> str:
         """Tell checkpoints apart in milliseconds: a hash of all names, shapes and the first bytes of each tensor."""
         digest = sha256()
         for name, entry in sorted(self.entries.items()):
             digest.update(f"{name} {entry.dtype} {entry.shape} ".encode())
-            digest.update(self._map(entry.file)[entry.start : min(entry.stop, entry.start + 256)])
+            digest.update(self._maps[entry.file][entry.start : min(entry.stop, entry.start + 256)])
         return digest.hexdigest()[:16]
 
-    def _map(self, path: Path) -> mmap.mmap:
-        if path not in self._maps:
-            with path.open("rb") as file:
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._maps[path]
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be mapped: {error}") from error
 
 
 def _open_shards(folder: Path) -> Weights:

@@ -1,11 +1,7 @@
 """A model to a folder that transformers loads as `fast_vlm`, and that we load."""
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastvlm.checkpoint import huggingface
-from fastvlm.checkpoint.build import norm_dtype, norm_tensors
+from fastvlm.checkpoint.build import converted, norm_dtype, norm_tensors
+from fastvlm.checkpoint.folder import staged_folder
 from fastvlm.checkpoint.reading import DTYPES, INDEX, SINGLE
 from fastvlm.config import Config
 from fastvlm.errors import CheckpointError
@@ -60,16 +57,17 @@ def save(  # noqa: PLR0913  (what goes into a folder)
         dtype: What weights are converted to; None keeps each as it is. BatchNorm stays in float32.
         max_shard_bytes: Larger models are cut into several files.
         extra: More files, by name: licences, a readme.
-        overwrite: Replace a folder that is there.
+        overwrite: Replace a checkpoint that is there.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: The model is folded for inference, or the folder is there and not empty.
+        CheckpointError: The model is folded for inference, a value is too large for `dtype`, or the folder is there and
+            not empty, or with `overwrite` holds more than a checkpoint.
     """
     entries = tensor_entries(model, dtype)
-    with new_folder(folder, overwrite=overwrite) as place:
+    with staged_folder(folder, overwrite=overwrite) as place:
         write_folder(place, entries, model.config, tokenizer, max_shard_bytes=max_shard_bytes)
         for name, content in (extra or {}).items():
             (place / name).write_bytes(content)
@@ -109,12 +107,12 @@ def tensor_entries(model: FastVLM, dtype: torch.dtype | None) -> dict[str, Entry
             if not name.endswith(".num_batches_tracked"):
                 raise CheckpointError(f"{name!r} has dtype {tensor.dtype}: a quantised model cannot be saved")
             target = torch.int64
-        entries[name] = _entry(tensor, target or tensor.dtype)
+        entries[name] = _entry(name, tensor, target or tensor.dtype)
     return entries
 
 
-def _entry(tensor: Tensor, dtype: torch.dtype) -> Entry:
-    return Entry(tuple(tensor.shape), dtype, lambda: tensor.detach().to("cpu", dtype))
+def _entry(name: str, tensor: Tensor, dtype: torch.dtype) -> Entry:
+    return Entry(tuple(tensor.shape), dtype, lambda: converted(tensor.detach(), name, dtype=dtype, device="cpu"))
 
 
 def _with_image_row(config: Config, entries: dict[str, Entry]) -> tuple[Config, dict[str, Entry]]:
@@ -216,51 +214,3 @@ def write_tensors(path: Path, entries: Mapping[str, Entry], *, kind: str = "pt")
         for name in names:
             tensor = entries[name].make().contiguous()
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-@contextmanager
-def new_folder(folder: str | Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a temporary folder beside the target; it takes the target's place when the block ends well.
-
-    Raises:
-        CheckpointError: The target is there and not empty, or cannot be written.
-    """
-    target = Path(folder).absolute()
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file; name a folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise CheckpointError(f"{target} is not empty; name another folder, or allow it to be overwritten")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
-            yield place
-            _replace(place, target)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
-
-
-def _replace(place: Path, target: Path) -> None:
-    place.chmod(0o777 & ~_umask())
-    if not target.exists():
-        os.replace(place, target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        os.replace(target, aside / target.name)
-        try:
-            os.replace(place, target)
-        except OSError:
-            os.replace(aside / target.name, target)
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    # Reading it means setting it; there is no other way in Python.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -9,29 +9,33 @@ from typing import Any
 
 from PIL import Image
 
-from fastvlm.checkpoint.save import new_folder
+from fastvlm.checkpoint.folder import staged_folder
 from fastvlm.cli.output import Output
 from fastvlm.options import DataAssetsOptions, DataSynthOptions
 from fastvlm.synth.assets import default_folder, read_assets
 from fastvlm.synth.sample import Sample
 from fastvlm.synth.studio import Studio
-from fastvlm.train.assets import fetch_assets
+from fastvlm.train.assets import fetch_assets, update_lock
 
 CONVERSATIONS = "data.json"
 _SHEET_COLUMNS, _SHEET_ROWS, _SHEET_SIDE = 6, 6, 192
 
 
 def assets(options: DataAssetsOptions, output: Output) -> None:
-    """Fetch the assets; print their folder."""
+    """Fetch the assets; print their folder, or the lock file when that was asked for."""
+    progress = None if options.quiet else output.note
+    if options.update_lock:
+        output.line(os.fspath(update_lock(progress=progress)))
+        return
     folder = Path(options.folder).expanduser() if options.folder else default_folder()
-    output.line(os.fspath(fetch_assets(folder, progress=None if options.quiet else output.note)))
+    output.line(os.fspath(fetch_assets(folder, progress=progress)))
 
 
 def synth(options: DataSynthOptions, output: Output) -> None:
     """Draw pictures and questions; print the file that `fastvlm train --data` takes."""
     studio = Studio(read_assets(Path(options.assets) if options.assets else default_folder()), options.image_size)
     folder = Path(options.out)
-    with new_folder(folder, overwrite=False) as place:
+    with staged_folder(folder, overwrite=False) as place:
         rows = list(_draw(studio, options, place))
         (place / CONVERSATIONS).write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
     output.line(os.fspath(folder / CONVERSATIONS))

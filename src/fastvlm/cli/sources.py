@@ -5,7 +5,7 @@ import re
 import sys
 
 from fastvlm.errors import InputError
-from fastvlm.fetch import read_url
+from fastvlm.fetch import read_url, without_secrets
 from fastvlm.image import WEB_FORMATS, read
 from fastvlm.options import ImageOptions
 from fastvlm.predict import ImageSource
@@ -24,7 +24,7 @@ def read_image(source: str, options: ImageOptions) -> ImageSource:
     if source == STDIN:
         content, name, formats = _standard_input(), "standard input", None
     elif _ADDRESS.match(source):
-        content, name, formats = read_url(source), source.partition("?")[0], WEB_FORMATS
+        content, name, formats = read_url(source), without_secrets(source), WEB_FORMATS
     else:
         if not _exists(source):
             raise InputError(

@@ -15,12 +15,14 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from fastvlm.checkpoint.folder import find_stranger, replace_folder
 from fastvlm.errors import DownloadError, InputError
 from fastvlm.synth.assets import MANIFEST, is_complete, lock_digest, read_lock
 from fastvlm.synth.kinds import KINDS
@@ -35,6 +37,8 @@ MAX_MEMBER_BYTES = 64 * 1024 * 1024
 WORD_BANDS = ("10", "20", "35")
 WORD_DIALECTS = ("english", "american")
 SUFFIXES = ("s", "es", "ed", "d", "ing", "er", "ers", "r", "rs", "y", "ly", "est")
+LOCK = Path(str(resources.files("fastvlm.synth").joinpath("assets.json")))
+_WRITTEN = frozenset({MANIFEST, "fonts", "emoji.npz", "words.txt"})
 RENDER_SCRIPT = """
 const fs = require("fs");
 const [library, wasm, jobs, out, side] = process.argv.slice(2);
@@ -100,13 +104,22 @@ def pin(packages: list[dict[str, Any]], *, progress: Progress | None = None) -> 
     return {"packages": sorted(rows, key=lambda row: (row["role"], row["name"]))}
 
 
-def update_lock(path: Path, *, progress: Progress | None = None) -> None:
-    """Compute every sha256 of the lock file at `path` again and write it in place."""
+def update_lock(path: Path = LOCK, *, progress: Progress | None = None) -> Path:
+    """Compute every sha256 of the lock file at `path` again, write it in place, and return its path.
+
+    Raises:
+        DownloadError: npm is missing, or a package cannot be fetched.
+        InputError: The file cannot be written.
+    """
     lock = pin(json.loads(path.read_text("utf-8"))["packages"], progress=progress)
     lines = ",\n".join("  " + json.dumps(row, sort_keys=True) for row in lock["packages"])
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(f'{{"packages": [\n{lines}\n]}}\n', "utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(f'{{"packages": [\n{lines}\n]}}\n', "utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
+    return path
 
 
 def _silent(_: str) -> None:
@@ -117,8 +130,7 @@ def _may_be_replaced(folder: Path) -> bool:
     """Say whether a folder is empty or was written by an earlier `fetch_assets`."""
     if not folder.is_dir():
         return False
-    names = {path.name for path in folder.iterdir()}
-    return not names or (names <= {MANIFEST, "fonts", "emoji.npz", "words.txt"} and MANIFEST in names)
+    return find_stranger(folder, marks=(MANIFEST,), is_known=lambda path: path.name in _WRITTEN) is None
 
 
 def _build(folder: Path, scratch: Path, say: Progress) -> None:
@@ -129,7 +141,7 @@ def _build(folder: Path, scratch: Path, say: Progress) -> None:
     try:
         say("drawing the emoji")
         _make_folder(packages, archives, made, scratch)
-        _replace_folder(made, folder)
+        replace_folder(made, folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -219,18 +231,6 @@ def _make_folder(packages: list[dict[str, Any]], archives: dict[str, Path], fold
     credits_ = [{key: row[key] for key in ("name", "version", "license", "author")} for row in packages]
     manifest = {"digest": lock_digest(), "fonts": fonts, "sprites": rows, "credits": credits_}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-
-
-def _replace_folder(made: Path, folder: Path) -> None:
-    """Put a finished folder where another may be, without a moment in which a half-written one can be seen."""
-    made.chmod(0o755)
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-        os.replace(folder, old / folder.name)
-        os.replace(made, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(made, folder)
 
 
 def _words(lists: list[dict[str, Any]], blocklists: list[dict[str, Any]], archives: dict[str, Path]) -> list[str]:

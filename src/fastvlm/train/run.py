@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from fastvlm.checkpoint.folder import staged_folder
 from fastvlm.checkpoint.load import load
-from fastvlm.checkpoint.save import new_folder, save
+from fastvlm.checkpoint.save import save
 from fastvlm.checkpoint.zoo import resolve
 from fastvlm.device import Placement, flush_denormals, has_fast_bfloat16, place
 from fastvlm.errors import InputError
@@ -201,7 +202,7 @@ def _order(options: TrainOptions, dataset: SynthDataset | ConversationDataset, d
 
 def _save(folder: Path, trainer: Trainer, tokenizer: Tokenizer) -> None:
     """Write what `load` reads and what resuming needs, all of it or nothing; the log and the options stay."""
-    with new_folder(folder, overwrite=True) as place:
+    with staged_folder(folder, overwrite=True) as place:
         save(trainer.model, tokenizer, place, dtype=torch.bfloat16)
         facts = {"step": trainer.step, "samples": trainer.samples}
         save_state(place, trainer.model, trainer.optimizer, facts)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fastvlm.config import PRESETS, Config
+from fastvlm.config import PRESETS, Config, table_rows
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.vision import PositionalEncoding
 from fastvlm.prompt import Tokenizer
@@ -16,7 +16,7 @@ LAYER_SCALE = 0.1  # a shallow encoder from scratch learns faster with this than
 def fresh_config(preset: str, tokenizer: Tokenizer, image_size: int | None = None) -> Config:
     """Fit a preset to a tokenizer (rows rounded up to a multiple of 64) and, if given, to another picture size."""
     config = PRESETS[preset]
-    rows = -(-(max(tokenizer.vocab_size, tokenizer.image_id) + 1) // 64) * 64
+    rows = table_rows(max(tokenizer.vocab_size, tokenizer.image_id) + 1)
     vision = config.vision if image_size is None else replace(config.vision, image_size=image_size)
     language = replace(config.language, vocab_size=rows)
     return replace(config, vision=vision, language=language, image_token_id=tokenizer.image_id)

@@ -8,13 +8,12 @@ letter by letter and a word that was never seen is no harder to write than a kno
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
 
 from fastvlm.errors import InputError
-from fastvlm.prompt import END_OF_TEXT, IM_END, IM_START, IMAGE_MARK, Tokenizer, byte_chars, qwen2_backend
+from fastvlm.prompt import END_OF_TEXT, IM_END, IM_START, IMAGE_MARK, byte_chars, qwen2_backend
 
 
 def build_tokenizer(corpus: Iterable[str], *, max_words: int) -> dict[str, Any]:
@@ -33,13 +32,6 @@ def build_tokenizer(corpus: Iterable[str], *, max_words: int) -> dict[str, Any]:
     backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in controls])
     content: dict[str, Any] = json.loads(backend.to_str())
     return content
-
-
-def save_tokenizer(content: dict[str, Any], folder: Path, *, max_length: int = 8192) -> Tokenizer:
-    """Write a built tokenizer as transformers' `Qwen2Tokenizer` reads it; return it ready for use."""
-    tokenizer = Tokenizer.from_json(json.dumps(content), origin="the built tokenizer")
-    tokenizer.write(folder, max_length=max_length)
-    return tokenizer
 
 
 def _frequent_words(corpus: Iterable[str], max_words: int) -> list[str]:
