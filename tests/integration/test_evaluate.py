@@ -18,6 +18,7 @@ from fastvlm.options import EvalOptions, GenerationOptions, ImageOptions
 from fastvlm.predict import load
 from fastvlm.synth.assets import is_heldout_word, lock_digest, read_assets
 from fastvlm.synth.kinds import KINDS
+from fastvlm.synth.sample import Sample
 from fastvlm.synth.studio import Studio
 
 TINY = Path(__file__).parents[1] / "goldens" / "apple_tiny"
@@ -86,6 +87,31 @@ def test_pictures_and_wordings_are_not_those_of_training(assets, drawn, name) ->
     assert len(pictures) == NUM_DRAWN
     assert not pictures & {sample.image.tobytes() for sample in trained}
     assert not wordings & {turn.wording for sample in trained for turn in sample.turns}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_with_the_real_fonts_and_emoji_nothing_of_the_evaluation_is_in_training(real_assets, name) -> None:
+    studio = Studio(read_assets(real_assets), side=SIDE)
+    heldout = [item.sample for item in draw(real_assets, name, range(100))]
+    trained = [studio.sample(seed, split="train", task=name) for seed in range(300)]
+    trained += [studio.sample(seed, split="train") for seed in range(300)]
+
+    def fonts(samples: list[Sample]) -> set[str]:
+        return {sample.traits["font"] for sample in samples if "font" in sample.traits}
+
+    def words(samples: list[Sample]) -> set[str]:
+        texts = [str(sample.facts.get("text", "")) for sample in samples]
+        cores = {word.strip(string.punctuation).lower() for text in texts for word in text.split()}
+        return {word for word in cores if len(word) > 2}
+
+    assert not {sample.image.tobytes() for sample in heldout} & {sample.image.tobytes() for sample in trained}
+    assert not {t.wording for sample in heldout for t in sample.turns} & {
+        t.wording for sample in trained for t in sample.turns
+    }
+    assert fonts(trained)
+    assert not fonts(heldout) & fonts(trained)
+    assert not words(heldout) & words(trained)
 
 
 def test_words_and_fonts_are_held_out(drawn) -> None:

@@ -84,6 +84,30 @@ def test_a_pulled_model_answers_by_its_short_name(fastvlm_, monkeypatch, tmp_pat
     assert fastvlm_("predict", "--model", "0.5b", *asked) == fastvlm_("predict", "--model", tiny, *asked)
 
 
+class Typed(io.StringIO):
+    """What somebody types at a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("typed", "is_accepted"), [("yes\n", True), ("no\n", False), ("\n", False), ("", False)])
+def test_a_licence_is_accepted_by_a_typed_yes_and_by_nothing_else(
+    capsys, monkeypatch, tmp_path, shop, typed, is_accepted
+):
+    monkeypatch.setenv("FASTVLM_MODELS", str(tmp_path / "models"))
+    monkeypatch.setattr("sys.stdin", Typed(typed))
+
+    status = cli.main(["models", "pull", "0.5b", "--base-url", shop])
+
+    out, err = capsys.readouterr()
+    folder = tmp_path / "models" / "llava-fastvithd_0.5b_stage3"
+    assert "Do you accept this licence?" in err
+    assert "research" in err.lower()
+    assert (status, out) == ((0, f"{folder}\n") if is_accepted else (2, ""))
+    assert folder.is_dir() == is_accepted
+
+
 @pytest.mark.parametrize("to", ["hf"])
 def test_a_converted_model_answers_alike(fastvlm_, tmp_path, tiny, to):
     out, _ = fastvlm_("convert", "--model", tiny, "--to", to, "--out", tmp_path / "there")

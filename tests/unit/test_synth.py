@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from fastvlm.synth import layout, wording
+from fastvlm.synth import backgrounds, layout, wording
 from fastvlm.synth.assets import Assets, FontFace, is_heldout_word
 from fastvlm.synth.compose import Painter
-from fastvlm.synth.handwriting import Scribe
+from fastvlm.synth.degrade import degrade
+from fastvlm.synth.handwriting import Scribe, Wish
 from fastvlm.synth.kinds import KINDS
 from fastvlm.synth.looks import Looks
 from fastvlm.synth.notes import Writer
@@ -19,7 +20,7 @@ from fastvlm.synth.phrases import Phrases, core
 from fastvlm.synth.questions import absent
 from fastvlm.synth.rivals import are_rivals
 from fastvlm.synth.sample import TASKS
-from fastvlm.synth.scene import Subject, Thing, place_of
+from fastvlm.synth.scene import Scene, Subject, Thing, place_of
 from fastvlm.synth.sprites import Sprites
 from fastvlm.synth.studio import Studio
 
@@ -272,3 +273,168 @@ def test_nouns_without_article_get_none() -> None:
     assert wording.article("apple") == "an apple"
     assert wording.article("scissors") == "scissors"
     assert wording.listing(["a", "b", "c"]) == "a, b and c"
+
+
+def drawn_extent(scene: Scene, thing: Thing) -> int:
+    """Longer side in pixels of what differs from a plain background inside a thing's box."""
+    wide, high = scene.image.size
+    left, top = (round((c - s / 2) * side) for c, s, side in zip(thing.centre, thing.size, (wide, high), strict=True))
+    right, bottom = left + round(thing.size[0] * wide), top + round(thing.size[1] * high)
+    box = scene.image.crop((max(0, left), max(0, top), min(wide, right), min(high, bottom)))
+    is_ink = np.abs(np.asarray(box).astype(int) - ground_colour(scene.image)).sum(axis=2) > 30
+    rows, columns = np.nonzero(is_ink)
+    return max(int(np.ptp(rows)), int(np.ptp(columns))) + 1 if rows.size else 0
+
+
+def ground_colour(image: Image.Image) -> tuple[int, int, int]:
+    """The commonest colour of a picture's upper and lower edge."""
+    edge = Image.new("RGB", (image.width, 2))
+    edge.paste(image.crop((0, 0, image.width, 1)), (0, 0))
+    edge.paste(image.crop((0, image.height - 1, image.width, image.height)), (0, 1))
+    return max(edge.getcolors(2 * image.width))[1]
+
+
+@pytest.fixture(scope="module")
+def large_painter(assets) -> Painter:
+    return Painter(Looks(Sprites(assets)), 384)
+
+
+def test_things_to_count_are_drawn_at_3_to_25_percent_of_the_side(large_painter) -> None:
+    """The stand-ins for emoji are almost round, so no rotation changes how large they are drawn."""
+    shares = []
+    for seed in range(250):
+        scene, _ = large_painter.counting_scene(Random(seed), 1 + seed % 10)
+        if scene.background is None:
+            continue
+        side = (scene.image.width * scene.image.height) ** 0.5
+        shares += [
+            drawn_extent(scene, thing) / side
+            for thing, seen in zip(scene.things, scene.visible, strict=True)
+            if thing.subject.colour is None and seen == 1
+        ]
+
+    assert len(shares) > 200
+    assert min(shares) > 0.03 - 2 / 384
+    assert max(shares) < 0.25 * 1.08 + 3 / 384
+    assert min(shares) < 0.05
+    assert max(shares) > 0.22
+    assert 0.08 < float(np.median(shares)) < 0.18
+
+
+def test_an_emoji_to_name_fills_20_to_90_percent_of_the_side_and_is_anywhere(large_painter) -> None:
+    shares, ninths = [], set()
+    for seed in range(250):
+        scene = large_painter.portrait_scene(Random(seed))
+        (thing,) = scene.things
+        ninths.add(tuple(min(2, int(3 * centre)) for centre in thing.centre))
+        if scene.background is not None:
+            shares.append(drawn_extent(scene, thing) / min(scene.image.size))
+
+    assert len(shares) > 60
+    assert min(shares) > 0.19
+    assert max(shares) < 0.98
+    assert min(shares) < 0.3
+    assert max(shares) > 0.85
+    assert len(ninths) == 9
+
+
+@pytest.mark.parametrize("height", [14, 23, 37, 60])
+@pytest.mark.parametrize("text", ["H", "x"])
+def test_letters_are_drawn_as_high_as_wished(assets, height, text) -> None:
+    wish = Wish(height=height, room=(384, 384), angle=0.0)
+
+    drawn = [Scribe(assets, "train").write((text,), 0, wish, Random(seed)) for seed in range(8)]
+
+    for ink, said in drawn:
+        rows = np.nonzero(np.asarray(ink).max(axis=1) > 100)[0]
+        assert said == pytest.approx(height)
+        assert np.ptp(rows) + 1 == pytest.approx(height, abs=1.5 + 0.08 * height)  # some strokes are bold
+
+
+def slant(scene: Scene) -> float:
+    """Degrees that a written line rises, by the main axis of its ink."""
+    assert scene.text_spot is not None
+    distance = np.abs(np.asarray(scene.image).astype(int) - ground_colour(scene.image)).sum(axis=2)
+    rows, columns = np.nonzero(distance > 60)
+    (wide, high), spot = scene.image.size, scene.text_spot
+    is_inside = np.abs(columns / wide - spot.centre[0]) <= spot.size[0] / 2
+    is_inside &= np.abs(rows / high - spot.centre[1]) <= spot.size[1] / 2
+    points = np.stack([columns[is_inside], -rows[is_inside]])
+    x, y = np.linalg.eigh(np.cov(points))[1][:, -1]
+    return float(np.degrees(np.arctan(y / x)))
+
+
+def test_lines_are_14_to_60_pixels_high_and_within_15_degrees(assets) -> None:
+    writer = Writer(Scribe(assets, "train"), Phrases(WORDS, "train"), 384)
+
+    scenes = [writer.scene(Random(seed)) for seed in range(300)]
+
+    heights = [384 * (scene.height or 0) for scene in scenes]
+    slants = [slant(scene) for scene in scenes if scene.background and scene.text and len(scene.text) >= 9]
+    # Only a text that stays too long after all tries is smaller.
+    assert sum(height < 0.97 * 14 for height in heights) <= 0.02 * len(heights)
+    assert max(heights) <= 60.001
+    assert min(heights) < 18
+    assert max(heights) > 52
+    assert len(slants) > 20
+    assert max(slants) < 18
+    assert min(slants) > -18
+    assert max(slants) > 6
+    assert min(slants) < -6
+
+
+def roughness(image: Image.Image) -> float:
+    """Mean step from a pixel to the next one."""
+    pixels = np.asarray(image).astype(int)
+    return float(np.abs(np.diff(pixels, axis=1)).mean() + np.abs(np.diff(pixels, axis=0)).mean())
+
+
+def test_backgrounds_are_plain_gradients_paper_textures_and_photo_like() -> None:
+    rng = Random(0)
+
+    drawn = [backgrounds.draw((96, 96), rng) for _ in range(400)]
+    by_style = {style: [one for one in drawn if one.style == style] for style in backgrounds.STYLES}
+
+    assert set(by_style) == {"plain", "gradient", "paper", "texture", "photo"}
+    for style, share in backgrounds.STYLES.items():
+        assert len(by_style[style]) / len(drawn) == pytest.approx(share, abs=0.08)
+    assert all(len(one.image.getcolors(9216) or ()) == 1 for one in by_style["plain"])
+    for style in ("gradient", "paper", "texture", "photo"):
+        assert sum(len(one.image.getcolors(9216) or ()) > 1 for one in by_style[style]) > 0.8 * len(by_style[style])
+    typical = {style: float(np.median([roughness(one.image) for one in by_style[style]])) for style in by_style}
+    assert 0 == typical["plain"] < typical["gradient"] < typical["texture"]
+
+
+def test_some_pictures_went_through_jpeg_of_many_qualities(studio) -> None:
+    images = [studio.sample(seed, split="train").image for seed in range(150)]
+
+    tables = [tuple(image.quantization[0]) for image in images if image.format == "JPEG"]  # type: ignore[attr-defined]
+
+    assert 0.12 < len(tables) / len(images) < 0.42  # 42 % of the 62 % that are spoiled at all
+    assert len(set(tables)) > 12
+
+
+def test_jpeg_and_blur_are_seen_in_the_pixels() -> None:
+    edge = Image.new("RGB", (160, 160), (60, 60, 60))
+    ImageDraw.Draw(edge).rectangle((83, 0, 160, 160), fill=(200, 200, 200))
+
+    def spoil(seed: int, *, gentle: bool = False) -> Image.Image:
+        return degrade(edge.copy(), Random(seed), gentle=gentle)
+
+    def steepness(image: Image.Image) -> float:
+        """The largest step across the edge, as a share of its height: 1 where it is sharp."""
+        row = np.asarray(image.convert("L")).astype(float)[60:100].mean(axis=0)[70:97]
+        return float(np.abs(np.diff(row)).max() / np.ptp(row))
+
+    spoiled = [spoil(seed) for seed in range(300)]
+    sharp = [steepness(image) for image in spoiled]
+    gentle = [steepness(spoil(seed, gentle=True)) for seed in range(300)]
+    untouched = [image.tobytes() == edge.tobytes() for image in spoiled]
+
+    assert 0.25 < np.mean(untouched) < 0.5
+    assert 0.08 < np.mean(np.array(sharp) < 0.75) < 0.35
+    assert min(sharp) > 0.1  # nobody could read a letter that is washed out
+    assert np.mean(gentle) > np.mean(sharp)
+    jpeg = [image for image in spoiled if image.format == "JPEG"]
+    assert len(jpeg) > 40
+    assert all(len(image.getcolors(25600) or ()) > 2 for image in jpeg)
