@@ -279,7 +279,7 @@ class ModelsInitOptions:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Format of the weights; BatchNorm stays in float32."""
     overwrite: bool = False
-    """Replace a folder that is there."""
+    """Replace a checkpoint that is there; a folder that holds anything else is left alone."""
 
     def __post_init__(self) -> None:
         """Check the seed.
@@ -306,7 +306,7 @@ class ConvertOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Convert the weights; by default each stays as stored. BatchNorm stays in float32."""
     overwrite: bool = False
-    """Replace a folder that is there."""
+    """Replace a checkpoint that is there; a folder that holds anything else is left alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

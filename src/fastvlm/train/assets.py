@@ -77,7 +77,7 @@ def fetch_assets(folder: Path, *, progress: Progress | None = None) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="fastvlm-assets-") as scratch:
-            _build(folder, Path(scratch), say)
+            _build(folder.resolve(), Path(scratch), say)  # a link stays a link
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error}") from error
     say(f"wrote {folder}")
