@@ -1,4 +1,4 @@
-"""Pick the device and the number format, seed, synchronise, measure memory."""
+"""Pick the device and the number format, synchronise, measure memory."""
 
 import platform
 import sys
@@ -11,6 +11,7 @@ import torch
 
 from fastvlm.errors import DeviceError
 
+CPUINFO = Path("/proc/cpuinfo")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,21 +72,20 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 faster than float32."""
+def has_fast_bfloat16(device: torch.device, cpuinfo: Path = CPUINFO) -> bool:
+    """Whether the hardware multiplies bfloat16 faster than float32; `cpuinfo` is where Linux describes the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "mps":
         return True
-    return bool({"amx_bf16", "avx512_bf16"} & cpu_flags())
+    return bool({"amx_bf16", "avx512_bf16", "bf16"} & cpu_flags(cpuinfo))  # the last is ARM's
 
 
-def cpu_flags() -> set[str]:
+def cpu_flags(cpuinfo: Path = CPUINFO) -> set[str]:
     """What the processor can do, by Linux's names; empty where that cannot be read."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
+    if not cpuinfo.is_file():
         return set()
-    for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith(("flags", "Features")):
             return set(line.split(":", 1)[1].split())
     return set()
@@ -131,8 +131,14 @@ def available_memory_bytes() -> int | None:
 @contextmanager
 def flush_denormals() -> Iterator[None]:
     """Let the CPU take numbers below 1e-38 as zero: an encoder in float32 is ten times slower with them."""
+    was_flushing = is_flushing_denormals()
     torch.set_flush_denormal(True)
     try:
         yield
     finally:
-        torch.set_flush_denormal(False)
+        torch.set_flush_denormal(was_flushing)
+
+
+def is_flushing_denormals() -> bool:
+    """Whether the CPU takes numbers below 1e-38 as zero; PyTorch sets this and does not tell it."""
+    return bool(torch.full((1,), 2e-38).mul(0.25) == 0)

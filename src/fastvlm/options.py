@@ -1,12 +1,15 @@
 """What one run does: a frozen dataclass a command; its fields are the command's flags, its docstrings their help."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from tyro.conf import Positional, arg
 
 from fastvlm.config import FITS, Fit
 from fastvlm.errors import InputError
+
+FRESH: Final = "nano:fresh"
+_SEEDS: Final = (-(2**63), 2**63 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +22,12 @@ class TrainOptions:
     """`synth` draws nano's pictures; otherwise LLaVA JSON or JSONL files."""
     image_folder: str = "."
     """Where the pictures that the files name are."""
-    model: str = "nano:fresh"
+    model: str = FRESH
     """A checkpoint to go on from, or `nano:fresh` for random weights."""
+    encoder: str | None = None
+    """Instead of --model, with --language: a vision encoder to start from, as Apple, MobileCLIP or timm name it."""
+    language: str | None = None
+    """Instead of --model, with --encoder: a Qwen2 folder to start from; the projector between them is fresh."""
     image_size: int | None = None
     """Side of the square that the encoder sees; by default what the model says."""
     assets: str | None = None
@@ -47,8 +54,8 @@ class TrainOptions:
     """Of the first weights and of the order and content of the data."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
-    dtype: str = "auto"
-    """Format of the arithmetic (the weights are float32): auto, float32 or bfloat16."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Format of the arithmetic, a frozen encoder's too; the weights that learn are float32."""
     compile: bool = False
     """Compile the step with torch.compile: faster after a minute or more."""
     log_every: int = 20
@@ -56,9 +63,47 @@ class TrainOptions:
     save_minutes: float = 5.0
     """Minutes between saved checkpoints."""
     resume: bool = False
-    """Go on from the state in the output folder."""
+    """Go on from the state in the output folder, with the options that the run began with."""
     quiet: bool = False
     """No progress lines."""
+
+    def __post_init__(self) -> None:
+        """Check each value.
+
+        Raises:
+            InputError: A value is out of its range, or two contradict each other.
+        """
+        wholes: dict[str, tuple[int, int]] = {
+            "steps": (1, 10**9),
+            "batch_size": (1, 1_000_000),
+            "max_tokens": (1, 1_000_000),
+            "workers": (0, 1024),
+            "seed": _SEEDS,
+            "log_every": (1, 10**9),
+        }
+        numbers: dict[str, tuple[float, float]] = {
+            "minutes": (1e-6, 1e6),
+            "lr": (1e-12, 1e3),
+            "warmup": (0, 0.999),
+            "weight_decay": (0, 1e3),
+            "save_minutes": (0, 1e9),
+        }
+        for name, (low, high) in wholes.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise InputError(f"{name} must be a whole number between {low} and {high}, got {value!r}")
+        for name, (least, most) in numbers.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise InputError(f"{name} must be between {least} and {most}, got {value!r}")
+        if self.image_size is not None and not 1 <= self.image_size <= 16_384:
+            raise InputError(f"image_size must be between 1 and 16384, got {self.image_size}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise InputError(f"dtype must be auto, float32 or bfloat16 for training, got {self.dtype!r}")
+        if (self.encoder is None) != (self.language is None):
+            raise InputError("--encoder and --language go together: give both, or --model")
+        if self.encoder is not None and self.model != FRESH:
+            raise InputError(f"--model {self.model!r} does not go together with --encoder and --language")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +154,10 @@ class GenerationOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 raise InputError(f"{name} must be between {low} and {high}, got {value!r}")
+        if 0 < self.temperature < 1e-3:
+            raise InputError(f"temperature must be 0 or at least 0.001, got {self.temperature!r}")
+        if self.seed is not None and not _SEEDS[0] <= self.seed <= _SEEDS[1]:
+            raise InputError(f"seed must be between {_SEEDS[0]} and {_SEEDS[1]}, got {self.seed}")
         if "" in self.stop:
             raise InputError("a stop string is empty; give at least one character")
         if self.num_beams > 1 and self.temperature > 0:
@@ -187,7 +236,7 @@ class PredictOptions:
     video: str | None = None
     """A GIF, an animated WebP or PNG, a folder of pictures or, with PyAV installed, a video file."""
     frames: int = 8
-    """How many frames of the video are read, evenly from its start to its end (512 px, 64 tokens each)."""
+    """How many frames of the video are read, evenly from its start to its end."""
     system: str | None = None
     """System prompt instead of "You are a helpful assistant."."""
     conv_mode: Literal["qwen_2"] = "qwen_2"
@@ -333,7 +382,7 @@ class DataSynthOptions:
     """`heldout` uses fonts, words and wordings that training never sees."""
     task: Literal["counting", "reading", "emoji", "description", "yes_no", "colour", "place"] | None = None
     """Draw one task only."""
-    image_size: int = 256
+    image_size: int = 384
     """Pictures are about as large as this: the side that the model will see."""
     assets: str | None = None
     """Folder of fonts and emoji; by default the one that `fastvlm data assets` fills."""

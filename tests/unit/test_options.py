@@ -4,8 +4,10 @@ import dataclasses
 import inspect
 
 import pytest
+import torch
 
 from fastvlm import options
+from fastvlm.config import PRESETS
 from fastvlm.errors import FastVLMError, InputError
 
 KINDS = [kind for _, kind in inspect.getmembers(options, dataclasses.is_dataclass)]
@@ -35,6 +37,9 @@ def test_options_are_frozen_and_named(kind):
         {"repetition_penalty": 0},
         {"presence_penalty": -101},
         {"frequency_penalty": 101},
+        {"temperature": 1e-40},
+        {"seed": 2**63},
+        {"seed": -(2**63) - 1},
         {"num_beams": 0},
         {"num_beams": 2, "temperature": 0.5},
         {"stop": ("",)},
@@ -77,3 +82,44 @@ def test_predict_options_refuse_what_does_not_go_together(values, words):
 def test_commands_refuse_what_is_out_of_range(kind, values):
     with pytest.raises(FastVLMError):
         kind(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"steps": 0},
+        {"steps": 1.5},
+        {"batch_size": 0},
+        {"workers": -1},
+        {"log_every": 0},
+        {"max_tokens": 0},
+        {"minutes": 0},
+        {"minutes": float("nan")},
+        {"lr": 0},
+        {"lr": float("inf")},
+        {"warmup": 1},
+        {"warmup": float("nan")},
+        {"weight_decay": -1},
+        {"weight_decay": float("nan")},
+        {"save_minutes": float("nan")},
+        {"seed": 99999999999999999999},
+        {"image_size": 0},
+        {"dtype": "float16"},
+        {"encoder": "e"},
+        {"language": "l"},
+        {"model": "m", "encoder": "e", "language": "l"},
+    ],
+)
+def test_training_options_refuse_what_is_out_of_range(values):
+    with pytest.raises(InputError):
+        options.TrainOptions(output="o", **values)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
+def test_the_whole_range_of_seeds_can_be_used(seed):
+    torch.Generator().manual_seed(options.GenerationOptions(seed=seed).seed)
+    torch.Generator().manual_seed(options.TrainOptions(output="o", seed=seed).seed)
+
+
+def test_pictures_are_drawn_for_the_side_that_nano_sees():
+    assert options.DataSynthOptions(out="o").image_size == PRESETS["nano"].vision.image_size

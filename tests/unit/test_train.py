@@ -1,22 +1,27 @@
 """Training: rows and labels, the schedule, what learns, and runs that are resumed."""
 
 import json
-from dataclasses import replace
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastvlm.checkpoint.load import load
+from fastvlm.checkpoint.load import assemble, load, load_encoder
+from fastvlm.checkpoint.zoo import NANO_FOLDER
+from fastvlm.device import place
 from fastvlm.errors import CheckpointError, InputError
 from fastvlm.options import TrainOptions
-from fastvlm.prompt import IGNORE
-from fastvlm.train.data import Example, collate
-from fastvlm.train.loop import row_losses
+from fastvlm.prompt import IGNORE, Tokenizer
+from fastvlm.synth.sample import TASKS
+from fastvlm.train.data import Example, SynthDataset, collate
+from fastvlm.train.loop import Trainer, row_losses
 from fastvlm.train.optimizer import build_optimizer, cosine
-from fastvlm.train.run import run
+from fastvlm.train.run import nano_tokenizer, run
 from fastvlm.train.start import fresh_config, fresh_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -91,12 +96,27 @@ def test_biases_norms_and_depthwise_kernels_do_not_decay():
     assert len(decayed["params"]) + len(kept["params"]) == len(list(model.parameters()))
 
 
-def test_nanos_preset_fits_its_promise():
-    tokenizer = load(GOLDENS / "hf_tiny").tokenizer
-    model = fresh_model(replace(fresh_config("nano", tokenizer)), seed=0)
+@pytest.fixture(scope="module")
+def nano_words():
+    return Tokenizer.from_json(json.dumps(nano_tokenizer()), origin="nano's tokenizer")
 
-    assert sum(parameter.numel() for parameter in model.parameters()) < 8_000_000
+
+def test_nanos_preset_fits_its_promise(nano_words):
+    model = fresh_model(fresh_config("nano", nano_words), seed=0)
+
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 8_000_000
     assert not model.config.vision.is_reparameterised
+
+
+def test_the_nano_that_ships_fits_its_promise():
+    weights = load_file(NANO_FOLDER / "model.safetensors")
+    model = load(NANO_FOLDER).model
+
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 8_000_000
+    assert (NANO_FOLDER / "model.safetensors").stat().st_size < 16_000_000
+    assert not model.config.vision.is_reparameterised
+    assert {m.weight.dtype for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {torch.float32}
+    assert {tensor.dtype for tensor in weights.values() if tensor.ndim > 1} == {torch.bfloat16}
 
 
 @pytest.fixture
@@ -121,7 +141,8 @@ def options(conversations, output, **changes):
             "data": (str(conversations),),
             "image_folder": str(GOLDENS / "images"),
             "model": str(GOLDENS / "hf_tiny"),
-            "steps": 6,
+            "image_size": 64,
+            "steps": 4,
             "batch_size": 2,
             "lr": 1e-3,
             "workers": 0,
@@ -133,31 +154,64 @@ def options(conversations, output, **changes):
     )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_learns_and_its_folder_is_a_checkpoint(conversations, tmp_path):
-    folder = run(options(conversations, tmp_path / "run", steps=10))
+    folder = run(options(conversations, tmp_path / "run", steps=8))
 
     assert losses(folder)[-1] < 0.8 * losses(folder)[0]
     assert load(folder).layout == "transformers"
-    assert json.loads((folder / "options.json").read_text())["steps"] == 10
+    assert json.loads((folder / "options.json").read_text())["steps"] == 8
 
 
 def test_a_run_that_was_resumed_is_the_run_that_was_not(conversations, tmp_path):
     whole = run(options(conversations, tmp_path / "whole"))
     # The first half ends by a schedule that is cut, not by one that is shorter.
     half = tmp_path / "half"
-    with pytest.raises(KeyboardInterrupt):
-        run(options(conversations, half, save_minutes=0), report=_interrupt_at_step(3))
+    cut(options(conversations, half, save_minutes=0), step=3)
 
     resumed = run(options(conversations, half, resume=True))
 
-    assert losses(resumed)[-2:] == losses(whole)[-2:]
-    ours, theirs = (load_file(folder / "train_state.safetensors") for folder in (resumed, whole))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert losses(resumed) == losses(whole)  # each step once, although the third was logged before it was saved
+    assert same_state(resumed, whole)
+
+
+def test_a_resumed_run_with_a_frozen_encoder_goes_on_from_the_saved_one(tmp_path, conversations):
+    given = tmp_path / "given"  # another encoder than that of the state would be seen in the losses
+    shutil.copytree(GOLDENS / "hf_tiny", given)
+    wanted = {"model": str(given), "freeze_vision": True}
+    whole = run(options(conversations, tmp_path / "whole", **wanted))
+    cut(options(conversations, tmp_path / "half", save_minutes=0, **wanted), step=3)
+    weights = load_file(given / "model.safetensors")
+    name = next(name for name in weights if "vision_tower" in name and weights[name].ndim == 4)
+    weights[name] = weights[name] * 2
+    save_file(weights, given / "model.safetensors", metadata={"format": "pt"})
+
+    resumed = run(options(conversations, tmp_path / "half", resume=True, **wanted))
+
+    assert losses(resumed) == losses(whole)
+    assert same_state(resumed, whole)
+
+
+def same_state(a, b):
+    ours, theirs = (load_file(folder / "train_state.safetensors") for folder in (a, b))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def cut(settings, *, step):
+    """Interrupt a run behind `step` saved steps, after the next one's line was written."""
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, report=_interrupt_at_step(step))
 
 
 def _interrupt_at_step(step):
@@ -200,6 +254,11 @@ def test_resuming_without_a_state_says_so(conversations, tmp_path):
         ({"conversations": [{"from": "robot", "value": "x"}]}, "each turn needs `from`"),
         ({"conversations": []}, "expected an object"),
         ("text", "expected an object"),
+        ({"image": 3, "conversations": [{"from": "human", "value": "x"}]}, "a name or a list of names"),
+        ({"image": "../a.png", "conversations": [{"from": "human", "value": "<image>"}]}, "leads out"),
+        ({"image": "/etc/a.png", "conversations": [{"from": "human", "value": "<image>"}]}, "leads out"),
+        ({"image": "C:\\a.png", "conversations": [{"from": "human", "value": "<image>"}]}, "leads out"),
+        ({"image": ["b\\..\\a.png"], "conversations": [{"from": "human", "value": "<image>"}]}, "leads out"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
@@ -209,3 +268,163 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
     with pytest.raises(InputError, match=message):
         run(options(file, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_row_whose_image_is_null_has_none(tmp_path):
+    turns = [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([{"image": None, "conversations": turns}]))
+
+    folder = run(options(file, tmp_path / "run", steps=1, batch_size=1))
+
+    assert len(losses(folder)) == 1
+
+
+def test_what_else_is_in_the_output_folder_stays(conversations, tmp_path):
+    folder = run(options(conversations, tmp_path / "run", steps=1))
+    (folder / "thesis.txt").write_text("mine")
+    (folder / "plots").mkdir()
+
+    run(options(conversations, folder, steps=1, resume=True))
+
+    assert (folder / "thesis.txt").read_text() == "mine"
+    assert (folder / "plots").is_dir()
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("change", [{"lr": 1e-4}, {"seed": 1}, {"batch_size": 1}, {"steps": 5}, {"data": ("x.json",)}])
+def test_resuming_with_other_options_is_refused_and_changes_nothing(conversations, tmp_path, change):
+    folder = run(options(conversations, tmp_path / "run", steps=1))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if "data" in change:
+        other = tmp_path / "x.json"
+        shutil.copyfile(conversations, other)
+        change = {"data": (str(other),)}
+
+    with pytest.raises(InputError, match=f"was begun with {next(iter(change))} "):
+        run(options(conversations, folder, resume=True, **{"steps": 1, **change}))
+
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "no facts", "bad facts", "other shapes"])
+def test_a_damaged_state_is_named(conversations, tmp_path, damage):
+    folder = run(options(conversations, tmp_path / "run", steps=1))
+    state = folder / "train_state.safetensors"
+    tensors = load_file(state)
+    if damage == "cut":
+        state.write_bytes(state.read_bytes()[:1000])
+    elif damage == "no facts":
+        save_file(tensors, state)
+    elif damage == "bad facts":
+        save_file(tensors, state, metadata={"fastvlm": "{"})
+    else:
+        with safe_open(state, "pt") as file:
+            metadata = file.metadata()
+        tensors["model.projector.fc1.bias"] = torch.zeros(3)
+        save_file(tensors, state, metadata=metadata)
+
+    with pytest.raises(CheckpointError, match=r"train_state\.safetensors: (the training state is|state of another)"):
+        run(options(conversations, folder, steps=1, resume=True))
+
+
+def test_minutes_end_a_run_and_are_counted_over_resumed_ones(conversations, tmp_path):
+    settings = {"minutes": 1e-5, "steps": 1000}
+
+    folder = run(options(conversations, tmp_path / "run", **settings))
+
+    assert 1 <= len(losses(folder)) < 20
+    num_steps = len(losses(folder))
+    run(options(conversations, folder, resume=True, **settings))
+    assert len(losses(folder)) == num_steps  # its time was over
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    checkpoint = load(GOLDENS / "apple_tiny", dtype=torch.float32)
+    encoder = load_encoder(GOLDENS / "training_form.safetensors", image_size=128, dtype=torch.float32)
+    model = assemble(encoder, checkpoint.model.language, checkpoint.tokenizer, image_size=128, seed=0).train()
+    with torch.no_grad():
+        model.projector.fc2.bias[0] = math.nan  # behind the encoder, whose BatchNorm has seen the batch by then
+    optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98))
+    trainer = Trainer(model, optimizer, place("cpu", "float32"), lr=1e-3)
+    image_id, num = checkpoint.tokenizer.image_id, model.config.vision.num_image_tokens
+    pixels = torch.full((1, 3, 128, 128), 7, dtype=torch.uint8)
+    row = Example(pixels=pixels, token_ids=[1] + [image_id] * num + [2], labels=[IGNORE] * (num + 1) + [2], task="x")
+    batch = collate([row, row], max_tokens=99, pad_id=0, image_id=image_id, num_image_tokens=num)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    trainer.train_step(batch, 1.0)
+
+    after = model.state_dict()
+    assert all(torch.equal(after[name].nan_to_num(7), before[name].nan_to_num(7)) for name in before)
+    assert (trainer.num_skipped, trainer.step) == (1, 1)
+
+
+def test_the_log_has_no_number_that_json_does_not(conversations, tmp_path):
+    settings = options(conversations, tmp_path / "run", steps=3, lr=1e3, warmup=0.0)
+
+    lines = (run(settings) / "metrics.jsonl").read_text().splitlines()
+
+    assert len(lines) == 3
+    assert not [line for line in lines if "NaN" in line or "Infinity" in line]
+
+
+def test_a_worker_process_gives_the_same_losses(conversations, tmp_path):
+    alone = run(options(conversations, tmp_path / "alone", steps=2))
+    helped = run(options(conversations, tmp_path / "helped", steps=2, workers=1))
+
+    assert losses(helped) == losses(alone)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_cannot_be_read_is_one_line_from_a_worker_too(tmp_path, workers):
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([{"image": "missing.png", "conversations": turns}]))
+
+    with pytest.raises(InputError, match=r"missing\.png") as caught:
+        run(options(file, tmp_path / "run", batch_size=1, workers=workers))
+
+    assert "\n" not in str(caught.value)
+
+
+def test_training_begins_with_an_encoder_and_a_language_model(conversations, tmp_path):
+    qwen2 = tmp_path / "qwen2"
+    shutil.copytree(GOLDENS / "hf_tiny", qwen2)
+    weights = load_file(qwen2 / "model.safetensors")
+    words = {name.replace("language_model.", ""): value for name, value in weights.items() if "language_model" in name}
+    save_file(words, qwen2 / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((qwen2 / "config.json").read_text())
+    (qwen2 / "config.json").write_text(json.dumps(config["text_config"]))
+    parts = {"encoder": str(GOLDENS / "training_form.safetensors"), "language": str(qwen2), "model": "nano:fresh"}
+
+    folder = run(options(conversations, tmp_path / "run", image_size=128, steps=1, lr=1e-9, **parts))
+
+    made, given = load(folder, dtype=torch.float32).model, load(GOLDENS / "hf_tiny", dtype=torch.float32).model
+    encoder = load_encoder(GOLDENS / "training_form.safetensors", image_size=128, dtype=torch.float32)
+    close = {"rtol": 1e-2, "atol": 1e-4}  # it was saved in bfloat16
+    torch.testing.assert_close(made.language.state_dict(), given.language.state_dict(), **close)
+    kernels = [name for name, value in encoder.state_dict().items() if value.ndim == 4]
+    assert kernels
+    for name in kernels:
+        torch.testing.assert_close(made.vision.state_dict()[name], encoder.state_dict()[name], **close)
+
+
+def test_nano_learns_from_drawn_pictures(real_assets, tmp_path):
+    settings = {"model": "nano:fresh", "data": ("synth",), "assets": str(real_assets), "steps": 1}
+
+    folder = run(options("", tmp_path / "run", **settings))
+
+    assert losses(folder)[0] == pytest.approx(math.log(load(folder).model.config.language.vocab_size), rel=0.2)
+
+
+def test_a_drawn_example_is_a_function_of_the_seed_and_its_number(real_assets, nano_words):
+    vision = fresh_config("nano", nano_words, 64).vision
+    first, again, other = (SynthDataset(real_assets, nano_words, vision, seed=seed, length=99) for seed in (3, 3, 4))
+
+    assert len(first) == 99
+    assert torch.equal(first[5].pixels, again[5].pixels)
+    assert first[5].token_ids == again[5].token_ids
+    assert not torch.equal(first[5].pixels, other[5].pixels)
+    assert {first[i].task for i in range(40)} <= set(TASKS)
+    assert len({first[i].task for i in range(40)}) >= 4

@@ -16,9 +16,9 @@ from fastvlm.synth.scene import Scene, Subject
 from fastvlm.synth.sprites import Sprites
 
 SHARES = {
-    "counting": 0.28, "reading": 0.32, "emoji": 0.13, "description": 0.1, "yes_no": 0.06, "colour": 0.05, "place": 0.06,
+    "counting": 0.3, "reading": 0.27, "emoji": 0.13, "description": 0.12, "yes_no": 0.06, "colour": 0.06, "place": 0.06,
 }  # fmt: skip
-"""How often each task is drawn when none is asked for."""
+"""How often each task is drawn, for nano and wherever none is asked for."""
 LARGEST_TURNS = 4
 
 

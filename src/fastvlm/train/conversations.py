@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -73,9 +73,22 @@ def _messages(origin: str, row: Any) -> tuple[list[Message], list[str]]:
             raise InputError(f"{origin}: each turn needs `from` (human or gpt) and a text `value`, got {turn!r:.80}")
         content = split_marks(turn["value"]) if role == "user" else (turn["value"],)
         messages.append(Message(role=role, content=content))  # type: ignore[arg-type]
-    names = row.get("image", [])
-    names = [names] if isinstance(names, str) else names
+    names = _names(origin, row.get("image"))
     num_marks = sum(message.num_images for message in messages)
     if num_marks != len(names):
         raise InputError(f"{origin}: {num_marks} <image> marks for {len(names)} pictures")
     return messages, names
+
+
+def _names(origin: str, value: Any) -> list[str]:
+    """The pictures of a row: none, a name or a list; none leads out of the folder of pictures."""
+    names = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{origin}: `image` must be a name or a list of names, got {value!r:.80}")
+    for name in names:
+        paths = (PurePosixPath(name), PureWindowsPath(name))
+        if any(path.anchor or ".." in path.parts for path in paths):
+            raise InputError(
+                f"{origin}: picture {name!r} leads out of --image-folder; name it from there, without `..`"
+            )
+    return names

@@ -3,9 +3,11 @@
 Letters: `P` images, `H, W` pixels, `B` rows, `T` tokens.
 """
 
+import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastvlm.config import VisionConfig
-from fastvlm.errors import InputError
+from fastvlm.errors import FastVLMError, InputError
 from fastvlm.image import resize
 from fastvlm.prompt import IGNORE, Message, Tokenizer, assistant, tokenize, user
 from fastvlm.synth.assets import read_assets
-from fastvlm.synth.studio import Studio
-
-TASK_SHARES = {
-    "counting": 0.30,
-    "reading": 0.27,
-    "emoji": 0.13,
-    "description": 0.12,
-    "yes_no": 0.06,
-    "colour": 0.06,
-    "place": 0.06,
-}
-"""How often each task is drawn for nano."""
+from fastvlm.synth.studio import SHARES, Studio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +63,8 @@ class SynthDataset(Dataset[Example]):
         self.assets, self.tokenizer, self.vision = assets, tokenizer, vision
         self.seed, self.length = seed, length
         self._studio: Studio | None = None  # made in the process that draws
-        self._tasks = list(TASK_SHARES)
-        self._shares = np.cumsum(list(TASK_SHARES.values()))
+        self._tasks = list(SHARES)
+        self._shares = np.cumsum(list(SHARES.values()))
 
     def __len__(self) -> int:
         """How many examples a run may ask for."""
@@ -139,7 +130,35 @@ def collate(  # noqa: PLR0913  (how rows are padded and checked)
     )
 
 
-def _one_thread(_: int) -> None:
+class _Caught(Dataset[Example | FastVLMError]):
+    """Gives an error as a value: raised in a worker process, it would arrive as a page of traceback."""
+
+    def __init__(self, dataset: Dataset[Example]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Example | FastVLMError:
+        try:
+            return self.dataset[index]
+        except FastVLMError as error:
+            return error
+
+
+def _collate_caught(
+    items: Sequence[Example | FastVLMError], *, collate_fn: Callable[[Sequence[Example]], Batch]
+) -> Batch | FastVLMError:
+    examples: list[Example] = []
+    for item in items:
+        if isinstance(item, FastVLMError):
+            return item
+        examples.append(item)
+    try:
+        return collate_fn(examples)
+    except FastVLMError as error:
+        return error
+
+
+def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears Ctrl-C too, and ends the workers
     torch.set_num_threads(1)
 
 
@@ -152,17 +171,24 @@ def batches(  # noqa: PLR0913  (how to read, in what order, in how many processe
     collate_fn: Callable[[Sequence[Example]], Batch],
     pin: bool,
 ) -> Iterator[Batch]:
-    """Read `indices` in order, `batch_size` at a time, in worker processes where there are any."""
-    loader: DataLoader[Example] = DataLoader(
-        dataset,
+    """Read `indices` in order, `batch_size` at a time, in worker processes where there are any.
+
+    Raises:
+        FastVLMError: An example cannot be made; the same error in a worker process as in this one.
+    """
+    loader: DataLoader[Example | FastVLMError] = DataLoader(
+        _Caught(dataset),
         batch_size=batch_size,
         sampler=indices,
         num_workers=num_workers,
-        collate_fn=collate_fn,
+        collate_fn=partial(_collate_caught, collate_fn=collate_fn),
         drop_last=True,
         pin_memory=pin,
-        worker_init_fn=_one_thread if num_workers else None,
+        worker_init_fn=_start_worker if num_workers else None,
         prefetch_factor=2 if num_workers else None,
         persistent_workers=False,
     )
-    return iter(loader)
+    for item in loader:
+        if isinstance(item, FastVLMError):
+            raise item
+        yield item

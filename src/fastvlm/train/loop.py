@@ -97,6 +97,9 @@ class Trainer:
         pixels = pixels.to(self.placement.dtype).div_(255).contiguous(memory_format=torch.channels_last)
         token_ids = batch.token_ids.to(device, non_blocking=True)
         labels = batch.labels.to(device, non_blocking=True)
+        # The forward pass moves BatchNorm's statistics before the gradient is known.
+        buffers = [buffer for buffer in self.model.buffers() if self.encoder is None]
+        before = [buffer.clone() for buffer in buffers]
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor
         with torch.autocast(device.type, self.placement.dtype, enabled=self.placement.dtype != torch.float32):
@@ -107,6 +110,8 @@ class Trainer:
             self.optimizer.step()
         else:
             self.num_skipped += 1
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.samples += len(batch.tasks)

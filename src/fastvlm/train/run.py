@@ -3,25 +3,28 @@
 import copy
 import json
 import logging
-import shutil
+import math
+import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Final
 
 import torch
+from torch import nn
 
-from fastvlm.checkpoint.folder import staged_folder
-from fastvlm.checkpoint.load import load
+from fastvlm.checkpoint.load import assemble, load, load_encoder, load_language
 from fastvlm.checkpoint.save import save
 from fastvlm.checkpoint.zoo import resolve
-from fastvlm.device import Placement, flush_denormals, has_fast_bfloat16, place
-from fastvlm.errors import InputError
+from fastvlm.device import Placement, flush_denormals, place
+from fastvlm.errors import CheckpointError, ConfigError, InputError
 from fastvlm.model import fold
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.vision import FastViTHD
-from fastvlm.options import TrainOptions
+from fastvlm.options import FRESH, TrainOptions
 from fastvlm.prompt import Tokenizer
 from fastvlm.synth.assets import default_folder, read_assets
 from fastvlm.synth.wording import corpus
@@ -30,13 +33,15 @@ from fastvlm.train.data import SynthDataset, batches, collate
 from fastvlm.train.loop import Metrics, Trainer
 from fastvlm.train.optimizer import build_optimizer, cosine
 from fastvlm.train.start import fresh_config, fresh_model
-from fastvlm.train.state import load_state, save_state
+from fastvlm.train.state import TENSORS, load_state, save_state
 from fastvlm.train.tokenizer import build_tokenizer
 
-FRESH = "nano:fresh"
 LOG = "metrics.jsonl"
 OPTIONS = "options.json"
 _MAX_WORDS = 450  # of the wordings: all of them
+_MAY_CHANGE: Final = frozenset(
+    {"output", "image_folder", "assets", "workers", "device", "compile", "log_every", "save_minutes", "resume", "quiet"}
+)
 
 logger = logging.getLogger(__name__)
 
@@ -48,62 +53,88 @@ def run(options: TrainOptions, *, report: Callable[[str], None] = logger.info) -
         InputError: Options contradict each other or the data.
         CheckpointError: The model or the state to go on from cannot be read.
     """
-    _check(options)
     placement = place(options.device, options.dtype)
     folder = Path(options.output)
     if folder.exists() and any(folder.iterdir()) and not options.resume:
         raise InputError(f"{folder} exists and is not empty; give another --output, or --resume to go on")
     model, tokenizer = _start(options)
     dataset = _dataset(options, model, tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / OPTIONS).write_text(json.dumps(asdict(options), indent=1), encoding="utf-8")
 
     model.to(placement.device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.vision.requires_grad_(not options.freeze_vision)
     optimizer = build_optimizer(model, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.98))
-    encoder = _frozen_encoder(model, placement) if options.freeze_vision else None
+    facts = _resumed_facts(options, folder, model, optimizer) if options.resume else {}
+    encoder = _frozen_encoder(model, placement) if options.freeze_vision else None  # of the weights gone on from
     trainer = Trainer(model, optimizer, placement, lr=options.lr, compile_model=options.compile, encoder=encoder)
-    if options.resume:
-        facts = load_state(folder, model, optimizer)
-        trainer.step, trainer.samples = facts["step"], facts["samples"]
+    trainer.step, trainer.samples = facts.get("step", 0), facts.get("samples", 0)
+    trainer.num_skipped = facts.get("num_skipped", 0)
+    _prepare(folder, options, trainer.step)
     _fast_arithmetic(placement)
     num_learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     report(
         f"{num_learning:,} parameters learn on {placement.device}, {placement.dtype_name}; {len(dataset):,} examples"
     )
     with flush_denormals():
-        _train(options, trainer, tokenizer, dataset, folder, report)
-    _save(folder, trainer, tokenizer)
+        seconds = _train(options, trainer, tokenizer, dataset, folder, report, facts.get("seconds", 0.0))
+    _save(folder, trainer, tokenizer, _facts(options, seconds))
     return folder
 
 
-def _check(options: TrainOptions) -> None:
-    for name in ("steps", "batch_size", "log_every", "max_tokens"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(options, name)}")
-    if not 0 <= options.warmup < 1:
-        raise InputError(f"--warmup is a share of the run between 0 and 1, got {options.warmup}")
-    if options.workers < 0 or options.lr <= 0:
-        raise InputError(f"--workers must be 0 or more and --lr above 0, got {options.workers} and {options.lr}")
+def _facts(options: TrainOptions, seconds: float) -> dict[str, Any]:
+    """What a resumed run must know beside weights and counters: its clock, and the options that it may not change."""
+    kept = {name: value for name, value in asdict(options).items() if name not in _MAY_CHANGE}
+    return {"seconds": seconds, "options": kept}
+
+
+def _resumed_facts(
+    options: TrainOptions, folder: Path, model: FastVLM, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    facts = load_state(folder, model, optimizer)
+    before, now = facts["options"], json.loads(json.dumps(_facts(options, 0.0)["options"]))
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"{folder} was begun with {name} {before.get(name)!r}, not {value!r}: resume with the same options, "
+                f"or begin another run with --model {folder}"
+            )
+    return facts
+
+
+def _prepare(folder: Path, options: TrainOptions, last_step: int) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _cut_log(folder, last_step)
+        _write_text(folder / OPTIONS, json.dumps(asdict(options), indent=1))
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 def _start(options: TrainOptions) -> tuple[FastVLM, Tokenizer]:
+    if options.encoder is not None and options.language is not None:
+        encoder = load_encoder(options.encoder, image_size=options.image_size, dtype=torch.float32)
+        language, _, tokenizer = load_language(options.language, dtype=torch.float32)
+        size = encoder.config.image_size
+        return assemble(encoder, language, tokenizer, image_size=size, seed=options.seed), tokenizer
     if options.model == FRESH:
         tokenizer = Tokenizer.from_json(json.dumps(nano_tokenizer()), origin="nano's tokenizer")
         return fresh_model(fresh_config("nano", tokenizer, options.image_size), options.seed), tokenizer
     checkpoint = load(resolve(options.model), dtype=torch.float32)
     model = checkpoint.model
     if options.image_size is not None:
-        model.config = replace(model.config, vision=replace(model.config.vision, image_size=options.image_size))
+        try:
+            vision = replace(model.config.vision, image_size=options.image_size)
+            model.config = replace(model.config, vision=vision)
+        except ConfigError as error:
+            raise InputError(f"--image-size does not fit {options.model}: {error}") from error
         model.vision.config = model.config.vision
     return model, checkpoint.tokenizer
 
 
 def _frozen_encoder(model: FastVLM, placement: Placement) -> FastViTHD:
-    """Copy the encoder and fold it, in the format that the device multiplies fastest."""
-    dtype = torch.bfloat16 if has_fast_bfloat16(placement.device) else torch.float32
-    copied = fold.for_inference(copy.deepcopy(model)).vision.to(dtype)
+    """Copy the encoder and fold it, in the format of the arithmetic."""
+    without_language = copy.deepcopy(model, {id(model.language): nn.Identity()})
+    copied = fold.for_inference(without_language).vision.to(placement.dtype)
     return copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -137,8 +168,13 @@ def _train(  # noqa: PLR0913  (the pieces of a run meet here)
     dataset: SynthDataset | ConversationDataset,
     folder: Path,
     report: Callable[[str], None],
-) -> None:
-    first_step, started, last_saved = trainer.step, 0.0, time.monotonic()
+    seconds_before: float,
+) -> float:
+    """Train to the end; return the seconds that this run and those that it goes on from have learned."""
+    first_step, started, last_saved = trainer.step, time.monotonic(), time.monotonic()
+
+    def seconds() -> float:
+        return seconds_before + time.monotonic() - started
 
     def progress(trainer: Trainer) -> float:
         nonlocal started
@@ -146,17 +182,17 @@ def _train(  # noqa: PLR0913  (the pieces of a run meet here)
             return trainer.step / options.steps
         if trainer.step <= first_step + 1:
             started = time.monotonic()  # compilation happens in the first step and is not counted
-        return (time.monotonic() - started) / (60 * options.minutes)
+        return seconds() / (60 * options.minutes)
 
     def checkpoint(trainer: Trainer) -> None:
         nonlocal last_saved
         if time.monotonic() - last_saved > 60 * options.save_minutes:
-            _save(folder, trainer, tokenizer)
+            _save(folder, trainer, tokenizer, _facts(options, seconds()))
             last_saved = time.monotonic()
 
     def log(metrics: Metrics) -> None:
         with (folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(metrics)) + "\n")
+            file.write(json.dumps(_finite(asdict(metrics)), allow_nan=False) + "\n")
         tasks = " ".join(f"{task} {loss:.3f}" for task, loss in metrics.task_losses.items())
         report(
             f"step {metrics.step} ({progress(trainer):.1%})  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  "
@@ -185,6 +221,7 @@ def _train(  # noqa: PLR0913  (the pieces of a run meet here)
         report=log,
         checkpoint=checkpoint,
     )
+    return seconds()
 
 
 def _order(options: TrainOptions, dataset: SynthDataset | ConversationDataset, done: int) -> Sequence[int]:
@@ -200,12 +237,46 @@ def _order(options: TrainOptions, dataset: SynthDataset | ConversationDataset, d
     return order[done:total]
 
 
-def _save(folder: Path, trainer: Trainer, tokenizer: Tokenizer) -> None:
-    """Write what `load` reads and what resuming needs, all of it or nothing; the log and the options stay."""
-    with staged_folder(folder, overwrite=True) as place:
-        save(trainer.model, tokenizer, place, dtype=torch.bfloat16)
-        facts = {"step": trainer.step, "samples": trainer.samples}
-        save_state(place, trainer.model, trainer.optimizer, facts)
-        for name in (LOG, OPTIONS):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, place / name)
+def _save(folder: Path, trainer: Trainer, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
+    """Write what `load` reads and what resuming needs; what else is in the folder stays.
+
+    The files are written whole before the first takes its place. The state, all of it in one file, comes last: whatever
+    interrupts, the folder holds a state to go on from.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
+            place = save(trainer.model, tokenizer, Path(scratch) / "checkpoint", dtype=torch.bfloat16)
+            counters = {"step": trainer.step, "samples": trainer.samples, "num_skipped": trainer.num_skipped}
+            save_state(place, trainer.model, trainer.optimizer, facts | counters)
+            for path in sorted(place.iterdir(), key=lambda path: path.name == TENSORS):
+                os.replace(path, folder / path.name)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _cut_log(folder: Path, last_step: int) -> None:
+    """Drop the lines of steps that will be done again, and one that was cut."""
+    if not (folder / LOG).is_file():
+        return
+    kept = []
+    for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if step <= last_step:
+            kept.append(line + "\n")
+    _write_text(folder / LOG, "".join(kept))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Where a run starts: a fresh small model, or a checkpoint to go on from."""
+"""A small model with random weights that learn well from nothing: where nano starts."""
 
 from dataclasses import replace
 

@@ -1,0 +1,52 @@
+"""Devices: what the processor says it can do, and how it takes small numbers."""
+
+import pytest
+import torch
+
+from fastvlm.device import flush_denormals, has_fast_bfloat16, is_flushing_denormals, place
+from fastvlm.errors import DeviceError
+
+
+@pytest.mark.parametrize(
+    ("line", "is_fast"),
+    [
+        ("flags\t\t: fpu avx512_bf16", True),
+        ("flags\t\t: fpu amx_bf16", True),
+        ("flags\t\t: fpu avx2", False),
+        ("Features\t: fp asimd bf16", True),
+        ("Features\t: fp asimd", False),
+        ("", False),
+    ],
+)
+def test_bfloat16_is_fast_where_the_processor_multiplies_it(tmp_path, line, is_fast):
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor\t: 0\n{line}\n")
+
+    assert has_fast_bfloat16(torch.device("cpu"), info) == is_fast
+
+
+def test_bfloat16_is_not_fast_where_nothing_is_known(tmp_path):
+    assert not has_fast_bfloat16(torch.device("cpu"), tmp_path / "missing")
+
+
+@pytest.mark.parametrize("was_flushing", [False, True])
+def test_small_numbers_are_zero_inside_and_as_before_behind(was_flushing):
+    if not torch.set_flush_denormal(was_flushing):
+        pytest.skip("this processor cannot take small numbers as zero")
+    try:
+        with flush_denormals():
+            inside = is_flushing_denormals()
+        behind = is_flushing_denormals()
+    finally:
+        torch.set_flush_denormal(False)
+
+    assert (inside, behind) == (True, was_flushing)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("toaster", "auto"), ("meta", "auto"), ("cpu", "int8"), ("cpu", "float16"), ("cuda:99", "auto")],
+)
+def test_what_is_not_here_is_refused(device, dtype):
+    with pytest.raises(DeviceError):
+        place(device, dtype)
