@@ -148,7 +148,7 @@ def commit() -> str:
 
 
 def load_average() -> list[float] | None:
-    """How busy the machine was before."""
+    """How busy the machine is with this and with other work; these times mean little where others work."""
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
 
 
@@ -167,7 +167,7 @@ def main() -> None:
         "commit": commit(),
         "machine": machine,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "load_average_before": busy,
+        "load_average": {"before": busy, "after": load_average()},
         "versions": {name: version(name) for name in ("fastvlm", "torch", "pillow", "tokenizers")},
         "runs": RUNS,
         "results": rows,
