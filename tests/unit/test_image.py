@@ -13,6 +13,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -777,3 +778,28 @@ def test_a_video_file_is_no_picture():
 def test_no_frames_is_an_error():
     with pytest.raises(InputError, match="num_frames"):
         image.read_frames(encode(picture()), 0)
+
+
+def test_frames_of_a_real_film_are_spread_from_the_first_to_the_last(tmp_path):
+    with av.open(str(tmp_path / "film.mp4"), "w") as film:
+        stream = film.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for i in range(30):
+            grey = np.full((48, 64, 3), 8 * i, np.uint8)
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        film.mux(stream.encode())
+
+    frames = image.read_frames(tmp_path / "film.mp4", 4)
+
+    assert [frame.size for frame in frames] == [(64, 48)] * 4
+    brightness = [float(np.asarray(frame).mean()) for frame in frames]
+    assert brightness == pytest.approx([0, 80, 152, 232], abs=6)
+
+
+def test_too_many_large_frames_at_once_are_refused(tmp_path):
+    first, *rest = (Image.new("RGB", (100, 100), (i, 0, 0)) for i in range(10))
+    first.save(tmp_path / "long.gif", save_all=True, append_images=rest)
+
+    assert len(image.read_frames(tmp_path / "long.gif", 10, max_pixels=30_000)) == 10
+    with pytest.raises(InputError, match="ask for fewer frames"):
+        image.read_frames(tmp_path / "long.gif", 10, max_pixels=20_000)

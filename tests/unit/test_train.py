@@ -428,3 +428,34 @@ def test_a_drawn_example_is_a_function_of_the_seed_and_its_number(real_assets, n
     assert not torch.equal(first[5].pixels, other[5].pixels)
     assert {first[i].task for i in range(40)} <= set(TASKS)
     assert len({first[i].task for i in range(40)}) >= 4
+
+
+def test_missing_pictures_are_named_with_their_row_before_anything_is_written(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    rows = [{"image": name, "conversations": turns} for name in ("square.png", "nope.png")]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(rows))
+
+    with pytest.raises(InputError, match=r"data\.json row 1: there is no picture .*nope\.png"):
+        run(options(file, tmp_path / "run"))
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_ended_before_it_saved_may_begin_again(conversations, tmp_path):
+    def stop(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(options(conversations, tmp_path / "run"), report=stop)
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"options.json", "metrics.jsonl"}
+
+    folder = run(options(conversations, tmp_path / "run", steps=1))
+
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_a_run_shorter_than_the_log_interval_is_logged(conversations, tmp_path):
+    folder = run(options(conversations, tmp_path / "run", steps=3, log_every=20))
+
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [3]

@@ -12,7 +12,7 @@ from typing import Final
 from fastvlm.checkpoint.reading import LICENCES
 from fastvlm.errors import CheckpointError
 
-_MARKS: Final = ("config.json", "options.json")  # a folder without either is no checkpoint, nor a training's folder
+_MARKS: Final = ("config.json",)  # a folder without it is no checkpoint
 _KNOWN: Final = re.compile(
     r"(model|model-\d{5}-of-\d{5}|clip_head|train_state|adapter_model)\.safetensors|model\.safetensors\.index\.json"
     r"|(adapter_|generation_|preprocessor_|processor_|tokenizer_)?config\.json"
@@ -88,7 +88,7 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise CheckpointError(f"{target} is not empty; name another folder, or allow it to be overwritten")
+        raise CheckpointError(f"{target} is not empty; name another folder, or say --overwrite (overwrite=True)")
     if (name := find_stranger(target, marks=_MARKS, is_known=_is_known)) is not None:
         raise CheckpointError(
             f"{target} holds {name!r} and is no checkpoint alone; name another folder or move it away"

@@ -27,7 +27,9 @@ class ConversationDataset(Dataset[Example]):
         if not self.rows:
             raise InputError(f"{', '.join(map(str, files))}: no conversations")
         for origin, row in self.rows:
-            _messages(origin, row)
+            for name in _messages(origin, row)[1]:
+                if not (images / name).is_file():
+                    raise InputError(f"{origin}: there is no picture {images / name}; mend the row or --image-folder")
 
     def __len__(self) -> int:
         """Conversations in all files."""
@@ -44,7 +46,10 @@ class ConversationDataset(Dataset[Example]):
         side = self.vision.image_size
         pixels = torch.zeros(0, 3, side, side, dtype=torch.uint8)
         if names:
-            squares = [resize(read(self.images / name), size=side, fit=self.vision.fit) for name in names]
+            try:
+                squares = [resize(read(self.images / name), size=side, fit=self.vision.fit) for name in names]
+            except InputError as error:
+                raise InputError(f"{origin}: {error}") from error
             pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
         tokens = tokenize(messages, self.tokenizer, self.vision.num_image_tokens, add_generation_prompt=False)
         return Example(pixels=pixels, token_ids=tokens.token_ids, labels=tokens.labels, task="conversation")

@@ -133,7 +133,7 @@ class Trainer:
             batches: What to learn from, in order.
             progress: How much of the run is done, 0 to 1; by steps or by the clock.
             schedule: The learning rate's factor at a progress.
-            log_every: Steps between reports.
+            log_every: Steps between reports; the last step is reported too.
             report: Takes each report.
             checkpoint: Called after every step; saves when it is time.
         """
@@ -141,7 +141,7 @@ class Trainer:
         if self.encoder is not None:
             self.model.vision.eval()
         started = time.monotonic()
-        window = _Window()
+        window, factor = _Window(), 0.0
         for batch in batches:
             done = progress(self)
             if done >= 1:
@@ -156,6 +156,8 @@ class Trainer:
                 report(self._metrics(window, started, factor))
                 window = _Window()
             checkpoint(self)
+        if window.sums:
+            report(self._metrics(window, started, factor))
 
     def _metrics(self, window: _Window, started: float, factor: float) -> Metrics:
         sums, counts = torch.cat(window.sums).cpu(), torch.cat(window.counts).cpu()

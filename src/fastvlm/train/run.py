@@ -55,7 +55,8 @@ def run(options: TrainOptions, *, report: Callable[[str], None] = logger.info) -
     """
     placement = place(options.device, options.dtype)
     folder = Path(options.output)
-    if folder.exists() and any(folder.iterdir()) and not options.resume:
+    # A run that ended before it saved leaves its options and its log, and may begin again.
+    if not options.resume and folder.is_dir() and {path.name for path in folder.iterdir()} - {LOG, OPTIONS}:
         raise InputError(f"{folder} exists and is not empty; give another --output, or --resume to go on")
     model, tokenizer = _start(options)
     dataset = _dataset(options, model, tokenizer)
