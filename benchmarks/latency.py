@@ -23,7 +23,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PICTURE = HERE.parent / "examples" / "images" / "counting.png"
-QUESTION = "How many carrots are there?"
+QUESTION = "How many penguins are there?"
 RUNS, TOKENS = 5, 16
 BEFORE, AFTER = 15, 20  # tokens around the picture, as Apple's template has them for a short question
 MB = 1e6

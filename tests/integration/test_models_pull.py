@@ -203,7 +203,7 @@ def test_a_download_goes_on_after_kill_9(shop, models, tiny_zip):
     assert child.wait(30) == -signal.SIGKILL
     shop.gate.set()
     had = (models / ".downloads" / f"{NAME}.incomplete").stat().st_size
-    with pytest.raises(CheckpointError, match="not pulled yet"):
+    with pytest.raises(CheckpointError, match="not here yet"):
         zoo.resolve("0.5b")
 
     folder = pull()

@@ -66,7 +66,7 @@ def test_a_geometry_that_the_others_do_not_know_is_refused_in_one_line(to, reade
     with pytest.raises(CheckpointError) as error:
         checkpoint.convert(GOLDENS / "apple_tiny", to, tmp_path / "out")
 
-    assert f"{reader} know only the encoder of depths (2, 12, 24, 4, 2)" in str(error.value)
+    assert f"{reader} can read only the encoder of depths (2, 12, 24, 4, 2)" in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 

@@ -74,7 +74,7 @@ def test_the_bundle_is_not_mistaken_for_the_model(models):
     folder = make_folder(models / "llava-fastvithd_0.5b_stage3_llm.fp16")
 
     assert zoo.resolve("0.5b-ios") == zoo.resolve("0.5b-stage3-ios") == folder
-    with pytest.raises(CheckpointError, match="not pulled yet"):
+    with pytest.raises(CheckpointError, match="not here yet"):
         zoo.resolve("0.5b")
 
 
@@ -98,7 +98,7 @@ def test_a_folder_that_is_called_like_a_model_needs_a_dot(models, tmp_path):
     make_folder(tmp_path / "0.5b")
 
     assert zoo.resolve("./0.5b") == Path("0.5b")
-    with pytest.raises(CheckpointError, match="not pulled yet"):
+    with pytest.raises(CheckpointError, match="not here yet"):
         zoo.resolve("0.5b")
 
 
@@ -116,7 +116,7 @@ def test_a_known_model_that_is_not_here_names_the_command(models):
         ("0.5b-stag3", "did you mean 0.5b-stage3"),
         ("nanno", r"did you mean nano\?$"),
         ("fastvlm", "did you mean .*`fastvlm models pull NAME`"),
-        ("qwertz", "did you mean nano or 0.5b-stage3"),
+        ("qwertz", "`fastvlm models list` shows what there is"),
         ("", "no model or folder is called ''"),
         ("no/such/folder", "no such file or folder"),
         ("model.zip", "no such file or folder"),

@@ -102,7 +102,7 @@ def _check_standard(vision: VisionConfig, to: Target) -> None:
     standard = VisionConfig()
     if (vision.depths, vision.dims, vision.mlp_ratio) != (standard.depths, standard.dims, standard.mlp_ratio):
         raise CheckpointError(
-            f"{_READERS[to]} know only the encoder of depths {standard.depths} and dims {standard.dims}, "
+            f"{_READERS[to]} can read only the encoder of depths {standard.depths} and dims {standard.dims}, "
             f"this one has {vision.depths} and {vision.dims}; convert it to hf"
         )
 

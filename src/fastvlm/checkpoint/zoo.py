@@ -192,7 +192,7 @@ def resolve(name: str, *, folder: Path | None = None) -> Path:
     if entry.preset is None:
         raise CheckpointError(f"{name!r}: no such folder; if the hub has it, run `fastvlm models pull {name}`")
     raise CheckpointError(
-        f"{name!r}: not pulled yet (size told while pulling); run `fastvlm models pull {entry.name}`; "
+        f"{name!r}: not here yet; run `fastvlm models pull {entry.name}`; "
         f"its licence is {entry.license}"
     )
 
@@ -316,6 +316,7 @@ def _find(entry: ZooEntry, folder: Path | None) -> Path | None:
 
 def _unknown(name: str) -> str:
     close = [_NAMES[match].name for match in get_close_matches(name.lower(), _NAMES, n=3, cutoff=0.5)]
-    names = list(dict.fromkeys(close)) or [entry.name for entry in (NANO, *ZOO) if entry.kind in ("packaged", "zip")]
+    names = list(dict.fromkeys(close))
     remedy = "" if names == ["nano"] else "; what is not here yet comes by `fastvlm models pull NAME`"
-    return f"no model or folder is called {name[:200]!r}; did you mean {' or '.join(names)}?{remedy}"
+    hint = f"did you mean {' or '.join(names)}?" if names else "`fastvlm models list` shows what there is"
+    return f"no model or folder is called {name[:200]!r}; {hint}{remedy}"

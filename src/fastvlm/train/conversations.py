@@ -60,8 +60,10 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
         text = file.read_text(encoding="utf-8")
         rows = [json.loads(line) for line in text.splitlines() if line.strip()] if file.suffix == ".jsonl" else None
         rows = json.loads(text) if rows is None else rows
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not a readable JSON or JSONL file: {error}") from error
+    except OSError as error:
+        raise InputError(f"{file}: {(error.strerror or str(error)).lower()}; --data names JSON or JSONL files") from error
+    except ValueError as error:
+        raise InputError(f"{file}: not a JSON or JSONL file: {error}") from error
     if not isinstance(rows, list):
         raise InputError(f"{file}: expected a list of conversations, got {type(rows).__name__}")
     return rows
