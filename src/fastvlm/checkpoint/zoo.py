@@ -192,8 +192,7 @@ def resolve(name: str, *, folder: Path | None = None) -> Path:
     if entry.preset is None:
         raise CheckpointError(f"{name!r}: no such folder; if the hub has it, run `fastvlm models pull {name}`")
     raise CheckpointError(
-        f"{name!r}: not here yet; run `fastvlm models pull {entry.name}`; "
-        f"its licence is {entry.license}"
+        f"{name!r}: not here yet; run `fastvlm models pull {entry.name}`; its licence is {entry.license}"
     )
 
 

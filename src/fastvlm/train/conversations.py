@@ -61,7 +61,9 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in text.splitlines() if line.strip()] if file.suffix == ".jsonl" else None
         rows = json.loads(text) if rows is None else rows
     except OSError as error:
-        raise InputError(f"{file}: {(error.strerror or str(error)).lower()}; --data names JSON or JSONL files") from error
+        raise InputError(
+            f"{file}: {(error.strerror or str(error)).lower()}; --data names JSON or JSONL files"
+        ) from error
     except ValueError as error:
         raise InputError(f"{file}: not a JSON or JSONL file: {error}") from error
     if not isinstance(rows, list):
