@@ -55,8 +55,6 @@ def test_tables_have_a_multiple_of_64_rows(num_ids, rows):
 
 
 def test_the_packaged_tokenizer_is_nanos():
-    if not NANO_FOLDER.is_dir():
-        pytest.skip("nano is not in this tree")
 
     assert checkpoint.packaged_tokenizer().origin == str(NANO_FOLDER / "tokenizer.json")
 
