@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         ContextError,
         DeviceError,
         DownloadError,
+        ExportError,
         FastVLMError,
         InputError,
     )
@@ -37,6 +38,7 @@ __all__ = [
     "ContextError",
     "DeviceError",
     "DownloadError",
+    "ExportError",
     "FastVLM",
     "FastVLMError",
     "GenerationOptions",
@@ -56,6 +58,7 @@ _HOMES = {
         "ContextError",
         "DeviceError",
         "DownloadError",
+        "ExportError",
         "FastVLMError",
         "InputError",
     ),

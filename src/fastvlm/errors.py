@@ -5,6 +5,7 @@ FastVLMError
 ├── CheckpointError    weights are missing, left over, or of the wrong shape
 ├── InputError         an image, a prompt or an option that cannot be used
 │   └── ContextError   prompt and image do not fit the context window
+├── ExportError        an export cannot be made here, or what was written does not compute what the model computes
 ├── DownloadError      an address cannot be fetched, or what came is not what was promised
 └── DeviceError        the device or the dtype asked for is not here
 """
@@ -28,6 +29,10 @@ class InputError(FastVLMError):
 
 class ContextError(InputError):
     """Prompt and image together do not fit the context window."""
+
+
+class ExportError(FastVLMError):
+    """An export cannot be made here, or what was written does not compute what the model computes."""
 
 
 class DownloadError(FastVLMError):

@@ -23,19 +23,27 @@ _TEXTS: Final = ("", ".md", ".txt", ".rst", ".pdf")
 
 
 @contextmanager
-def staged_folder(folder: str | Path, *, overwrite: bool) -> Iterator[Path]:
+def staged_folder(
+    folder: str | Path,
+    *,
+    overwrite: bool,
+    marks: Sequence[str] = _MARKS,
+    is_known: Callable[[Path], bool] | None = None,
+) -> Iterator[Path]:
     """Give a temporary folder beside the target; it takes the target's place when the block ends well.
 
     Args:
         folder: The target; a link to a folder stays a link.
         overwrite: Replace a checkpoint that is there; a folder that holds anything else is never replaced.
+        marks: As `find_stranger`, for folders that are no checkpoints.
+        is_known: As `find_stranger`; by default the names of a checkpoint's files.
 
     Raises:
         CheckpointError: The target is there and may not be replaced, or cannot be written.
     """
     target = Path(folder).resolve()
     try:
-        _check_target(target, overwrite=overwrite)
+        _check_target(target, overwrite=overwrite, marks=marks, is_known=is_known or _is_known)
         target.parent.mkdir(parents=True, exist_ok=True)
         place = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
@@ -80,7 +88,7 @@ def replace_folder(place: Path, target: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _check_target(target: Path, *, overwrite: bool) -> None:
+def _check_target(target: Path, *, overwrite: bool, marks: Sequence[str], is_known: Callable[[Path], bool]) -> None:
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; name a folder")
     if Path.cwd().is_relative_to(target):  # whoever stands in it would stand in a folder that is gone
@@ -89,10 +97,9 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(f"{target} is not empty; name another folder, or say --overwrite (overwrite=True)")
-    if (name := find_stranger(target, marks=_MARKS, is_known=_is_known)) is not None:
-        raise CheckpointError(
-            f"{target} holds {name!r} and is no checkpoint alone; name another folder or move it away"
-        )
+    if (name := find_stranger(target, marks=marks, is_known=is_known)) is not None:
+        what = "checkpoint" if marks == _MARKS else "export"
+        raise CheckpointError(f"{target} holds {name!r} and is no {what} alone; name another folder or move it away")
 
 
 def _is_known(path: Path) -> bool:

@@ -1,0 +1,162 @@
+"""`fastvlm export`: check, write beside the target, read back, compare with eager, describe, rename.
+
+A format is a module of this folder, named in `FORMATS` and imported when it is asked for. Each has:
+
+    PRECISIONS: tuple[Precision, ...]      what it can write; the first is the default
+    HOLDS_SEVERAL: bool                    whether one folder can hold several precisions
+
+    def check(source: Source, request: Request) -> int
+        Before anything is written: raise ExportError where a package is missing (`parts.needs`) or the model does not
+        fit the format; return the most bytes that the folder takes while it is written.
+
+    def write(source: Source, request: Request, place: Path) -> Written
+        Write all files into the empty folder `place`. Licences, CHANGES.md, manifest and report are written by `run`.
+
+    def read(source: Source, request: Request, place: Path, precision: Precision) -> Exported
+        Read what was written, from its files alone, ready to be run and compared; called once a precision.
+
+`source.eager` is the model that an export has to equal; `source.checkpoint` is the model as it is stored. `run` has put
+the export's side into `source.config.vision.image_size`. What these types hold is in `parts.py`; `verify.py` does the
+comparing for every format alike, and `docs/export.md` says what was found.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+
+from fastvlm.checkpoint.convert import write_licences
+from fastvlm.checkpoint.folder import staged_folder
+from fastvlm.checkpoint.load import load
+from fastvlm.checkpoint.save import write_json
+from fastvlm.checkpoint.zoo import resolve
+from fastvlm.device import available_memory_bytes
+from fastvlm.errors import ExportError, InputError
+from fastvlm.export.manifest import MANIFEST, PARITY, is_of_export, write_manifest
+from fastvlm.export.parts import Request, Source
+from fastvlm.export.verify import compare, draw_pictures, summarise
+from fastvlm.model.fastvlm import FastVLM
+from fastvlm.options import ExportOptions
+
+FORMATS: Final = {
+    "onnx": "fastvlm.export.onnx",
+    "openvino": "fastvlm.export.openvino",
+    "gguf-lm": "fastvlm.export.gguf_lm",
+    "coreml": "fastvlm.export.coreml",
+    "mlx": "fastvlm.export.mlx",
+    "ios-bundle": "fastvlm.export.ios_bundle",
+}
+_MANY_PARAMETERS: Final = 100_000_000  # above it the default report compares two pictures: each takes many seconds
+_FLOAT32_COPIES: Final = 2.5  # eager, what is being written, and what runs it
+
+
+def run(options: ExportOptions, *, report: Callable[[str], None] | None = None) -> Path:
+    """Export a model and compare it with eager; return the folder.
+
+    Args:
+        options: What to write, and where.
+        report: Called with a line of progress now and then.
+
+    Raises:
+        ExportError: A package is missing, the model does not fit the format, the memory or the disk, or what was
+            written does not compute what the model computes; then nothing is left behind.
+        InputError: The options do not go together.
+        CheckpointError: The model cannot be read, or the target may not be replaced.
+    """
+    say = report or (lambda line: None)
+    if options.format not in FORMATS:
+        raise ExportError(f"there is no format {options.format!r}; expected one of {', '.join(FORMATS)}")
+    module = import_module(FORMATS[options.format])
+    source = _source(options)
+    request = _request(options, source, module)
+    with staged_folder(options.out, overwrite=options.overwrite, marks=(MANIFEST,), is_known=is_of_export) as place:
+        _check_room(source, module.check(source, request), place)
+        say(f"writing {options.format} ({', '.join(request.precisions)})")
+        written = module.write(source, request, place)
+        write_licences(place, source.checkpoint, written.notes)
+        reports = _compare(source, request, module, place, options, say)
+        write_json(place / PARITY, {"format": options.format, "reports": reports})
+        write_manifest(place, source, request, written, name=options.format)
+    return Path(options.out)
+
+
+def _source(options: ExportOptions) -> Source:
+    folder = resolve(options.model)
+    for read in (folder, *([Path(options.vision)] if options.vision else [])):
+        if Path(options.out).resolve().is_relative_to(read.resolve()):
+            raise ExportError(f"{options.out} lies in {read}, which is read; name another folder")
+
+    def sized(model: FastVLM) -> FastVLM:
+        size = options.image_size or model.config.vision.image_size
+        stride = model.config.vision.stride
+        if size % stride:
+            raise InputError(f"image_size must be a multiple of {stride}, got {size}")
+        model.config = replace(model.config, vision=replace(model.config.vision, image_size=size))
+        return model
+
+    checkpoint = load(folder, vision=options.vision)
+    sized(checkpoint.model)
+    return Source(checkpoint, lambda: sized(load(folder, vision=options.vision, dtype=torch.float32).model))
+
+
+def _request(options: ExportOptions, source: Source, module: ModuleType) -> Request:
+    precisions = options.precision or module.PRECISIONS[:1]
+    for precision in precisions:
+        if precision not in module.PRECISIONS:
+            raise InputError(f"{options.format} has no precision {precision!r}; it has {', '.join(module.PRECISIONS)}")
+    if len(precisions) > 1 and not module.HOLDS_SEVERAL:
+        raise InputError(f"{options.format} holds one precision, got {', '.join(precisions)}; export each on its own")
+    return Request(
+        precisions=precisions,
+        image_size=source.config.vision.image_size,
+        has_dynamic_batch=options.batch == "dynamic",
+        with_projector=options.with_projector or options.format != "coreml",
+    )
+
+
+def _check_room(source: Source, num_bytes: int, place: Path) -> None:
+    """See that disk and memory hold what comes, before an hour is spent on it."""
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        raise ExportError(
+            f"the export takes {_size(num_bytes)}, the disk has {_size(free)} free; make room or name another disk"
+        )
+    needed, available = int(4 * source.num_parameters * _FLOAT32_COPIES), available_memory_bytes()
+    if available is not None and available < needed:
+        raise ExportError(
+            f"exporting {source.num_parameters:,} weights takes about {_size(needed)} of memory, {_size(available)} "
+            "are free; use a smaller model or a larger machine"
+        )
+
+
+def _compare(  # noqa: PLR0913
+    source: Source,
+    request: Request,
+    module: ModuleType,
+    place: Path,
+    options: ExportOptions,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    count = options.pictures or (2 if source.num_parameters > _MANY_PARAMETERS else 20)
+    pictures = draw_pictures(count)
+    reports = []
+    for precision in request.precisions:
+        say(f"comparing {precision} with eager on {count} pictures")
+        found = compare(source, request, module.read(source, request, place, precision), pictures, precision=precision)
+        say(summarise(found))
+        reports.append(found)
+        if found["failures"] and not options.keep:
+            raise ExportError(
+                f"{options.format} {precision} is not equal to eager: {'; '.join(found['failures'])}; "
+                "nothing was kept (--keep keeps it)"
+            )
+    return reports
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

@@ -1,0 +1,251 @@
+"""Compare an export with eager: features, logits, and the greedy answers to questions about drawn pictures.
+
+Letters: `P` images, `N` positions of an image, `C` channels, `D` width of language, `T` tokens, `V` vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from random import Random
+from typing import Any, Final
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from fastvlm.export.parts import Exported, Request, Source, Step, Tolerance
+from fastvlm.generate import forbidden, generate, make_cache, prefill
+from fastvlm.image import to_pixels
+from fastvlm.model.merge import merge
+from fastvlm.options import GenerationOptions, Precision
+from fastvlm.predict import Predictor
+from fastvlm.prompt import Tokenizer, tokenize, user
+from fastvlm.synth.assets import default_folder, is_complete, read_assets
+from fastvlm.synth.studio import Studio
+
+TOKENS: Final = 24  # of an answer that is compared
+SEED: Final = 4_000_000  # pictures that no training and no reported evaluation has seen
+_SHOWN: Final = 5
+_COLOURS: Final = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A drawn picture and a question about it."""
+
+    image: Image.Image
+    question: str
+
+
+def draw_pictures(count: int) -> tuple[Picture, ...]:
+    """Draw pictures, the same each time: nano's where its fonts and emoji are here, else squares, discs and lines."""
+    folder = default_folder()
+    if not is_complete(folder):
+        return tuple(_plain_picture(seed) for seed in range(count))
+    studio = Studio(read_assets(folder))
+    samples = (studio.sample(SEED + index, split="heldout") for index in range(count))
+    return tuple(Picture(image=sample.image, question=sample.turns[0].question) for sample in samples)
+
+
+def _plain_picture(seed: int) -> Picture:
+    rng = Random(seed)
+    size = (rng.randrange(200, 700), rng.randrange(200, 700))
+    image = Image.new("RGB", size, rng.choice(_COLOURS))
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.randrange(1, 9)):
+        left, top = rng.randrange(size[0]), rng.randrange(size[1])
+        box = (left, top, left + rng.randrange(20, 200), top + rng.randrange(20, 200))
+        shape = rng.choice((draw.rectangle, draw.ellipse, draw.line))
+        shape(box, fill=rng.choice(_COLOURS), width=rng.randrange(1, 12))
+    return Picture(image=image, question=rng.choice(("How many things are there?", "What is in the picture?")))
+
+
+@torch.inference_mode()
+def compare(
+    source: Source, request: Request, exported: Exported, pictures: tuple[Picture, ...], *, precision: Precision
+) -> dict[str, Any]:
+    """Run both on the same pictures and questions; return the report, whose `failures` is empty when they are equal.
+
+    Logits are those after the prompt and after each token of eager's answer, both from eager's embeddings, so that the
+    encoder's share is not counted twice. The greedy answers are the export's own from the pixels on. An answer that
+    leaves eager's at a near tie (eager's logits of the two tokens differ by less than the tolerance) counts as equal,
+    and is counted apart.
+    """
+    rows = [_Row(source, request, exported, picture) for picture in pictures]
+    report: dict[str, Any] = {
+        "precision": precision,
+        "runtime": exported.runtime,
+        "pictures": {"count": len(rows), "drawn_by": _drawn_by(), "image_size": request.image_size},
+        "tolerance": asdict(exported.tolerance),
+    }
+    failures: list[str] = []
+    tolerance = exported.tolerance
+    if exported.encode is not None:
+        pairs = [(row.image_values, row.own_image_values) for row in rows]
+        report["features" if not request.with_projector else "image_embeds"] = found = _differences(pairs)
+        found["least_cosine"] = cosine = min(_cosine(*pair) for pair in pairs)
+        failures += _above("features", found["relative"], tolerance.features)
+        if tolerance.cosine is not None and not cosine >= tolerance.cosine:
+            failures.append(f"cosine of features {cosine:.6f} is below {tolerance.cosine}")
+    if exported.begin is not None:
+        pairs = [row.logits for row in rows]
+        report["logits"] = found = _differences(pairs)
+        found["positions"] = sum(len(pair[0]) for pair in pairs)
+        same = sum(int((ours.argmax(-1) == theirs.argmax(-1)).sum()) for ours, theirs in pairs)
+        found["same_likeliest_token"] = same / found["positions"]
+        failures += _above("logits", found["relative"], tolerance.logits)
+    report["texts"] = found = _texts(rows, tolerance)
+    if tolerance.texts is not None and found["equal_or_tied"] < tolerance.texts * len(rows):
+        failures.append(f"{found['equal_or_tied']} of {len(rows)} answers are equal, expected {tolerance.texts:.0%}")
+    return report | {"failures": failures}
+
+
+def summarise(report: dict[str, Any]) -> str:
+    """One line of what `compare` found."""
+    texts = report["texts"]
+    parts = [
+        f"{name} within {report[name]['relative']:.1e}"
+        for name in ("features", "image_embeds", "logits")
+        if name in report
+    ]
+    count = report["pictures"]["count"]
+    return f"{report['precision']} in {report['runtime']}: {', '.join(parts)}, {texts['equal']} of {count} texts equal"
+
+
+class _Row:
+    """One picture and question, in eager and in the export."""
+
+    def __init__(self, source: Source, request: Request, exported: Exported, picture: Picture) -> None:
+        self.predictor, self.request, self.exported = source.eager, request, exported
+        vision = source.config.vision
+        self.pixels = to_pixels(picture.image, size=request.image_size, fit=vision.fit)  # (1, 3, H, W)
+        self.picture = picture
+        num_tokens = (request.image_size // vision.stride) ** 2
+        self.prompt = tokenize([user(picture.question, 1)], source.tokenizer, num_tokens).token_ids
+        self.tokenizer: Tokenizer = source.tokenizer
+
+    @cached_property
+    def image_values(self) -> Tensor:
+        """What eager's encoder makes, `(1, N, C)`, or with the projector `(1, N, D)`."""
+        features = self.predictor.model.vision(self.predictor.to_device(self.pixels))
+        return self.predictor.model.projector(features) if self.request.with_projector else features
+
+    @cached_property
+    def own_image_values(self) -> Tensor:
+        """What the export's encoder makes."""
+        return self.image_values if self.exported.encode is None else self.exported.encode(self.pixels).float()
+
+    def _eager(self) -> Step:
+        return eager_step(self.predictor, len(self.prompt) + TOKENS)
+
+    def _image_embeds(self, values: Tensor) -> Tensor:
+        return values if self.request.with_projector else self.predictor.model.projector(values)
+
+    @cached_property
+    def answer(self) -> list[int]:
+        """Eager's greedy answer, as `fastvlm predict` writes it, with its stop token."""
+        embeds = self._image_embeds(self.image_values)
+        options = GenerationOptions(max_new_tokens=TOKENS)
+        (completion,) = generate(self.predictor.model, self.tokenizer, [self.prompt], embeds, options)
+        is_whole = completion.finish_reason == "length"
+        return completion.token_ids if is_whole else [*completion.token_ids, self.tokenizer.im_end_id]
+
+    @cached_property
+    def own_answer(self) -> list[int]:
+        """The export's greedy answer, from the pixels on, with its stop token."""
+        begin = self.exported.begin or self._eager
+        return greedy(begin(), self._own_embed, self._own_prompt(), self.tokenizer)
+
+    def _own_embed(self, token_ids: list[int]) -> Tensor:
+        """Token ids to `(1, T, D)` by the export; eager where it cannot."""
+        # A tokenizer without `<image>` may have no row for it; what stands there is replaced anyway.
+        row = torch.tensor([[0 if id_ == self.tokenizer.image_id else id_ for id_ in token_ids]])
+        return self.predictor.model.language.embed(row) if self.exported.embed is None else self.exported.embed(row)
+
+    def _own_prompt(self) -> Tensor:
+        is_image = torch.tensor([self.prompt]) == self.tokenizer.image_id
+        return merge(self._own_embed(self.prompt).float(), self._image_embeds(self.own_image_values), is_image)
+
+    @cached_property
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Eager's logits and the export's along eager's answer, each `(T, V)`."""
+        assert self.exported.begin is not None
+        model = self.predictor.model
+        embeds = model.embed(torch.tensor([self.prompt]), self._image_embeds(self.image_values))
+        return tuple(  # type: ignore[return-value]
+            torch.cat([step(embeds), *(step(model.language.embed(torch.tensor([[id_]]))) for id_ in self.answer[:-1])])
+            for step in (self._eager(), self.exported.begin())
+        )
+
+    def gap(self) -> float | None:
+        """Where the answers part, how far apart eager holds the two tokens, as a share of the largest logit."""
+        same = next((i for i, (a, b) in enumerate(zip(self.answer, self.own_answer, strict=False)) if a != b), None)
+        if same is None:
+            return None
+        model, step = self.predictor.model, self._eager()
+        ids = [*self.prompt, *self.answer[:same]]
+        logits = step(model.embed(torch.tensor([ids]), self._image_embeds(self.image_values)))[0]
+        return float((logits[self.answer[same]] - logits[self.own_answer[same]]).abs() / logits.abs().max())
+
+
+def eager_step(predictor: Predictor, capacity: int) -> Step:
+    """Begin a sentence of at most `capacity` positions in eager."""
+    cache = make_cache(predictor.model, 1, capacity)
+    return lambda embeds: prefill(predictor.model, embeds, [embeds.shape[1]], cache)
+
+
+def greedy(step: Step, embed: Callable[[list[int]], Tensor], prompt: Tensor, tokenizer: Tokenizer) -> list[int]:
+    """Write the greedy answer to a prompt `(1, T, D)`: at most `TOKENS` ids, the stop token among them."""
+    logits = step(prompt)
+    is_forbidden = forbidden(tokenizer, logits.shape[-1], logits.device)
+    token_ids: list[int] = []
+    while True:
+        token_ids.append(int(logits[0].masked_fill(is_forbidden, -torch.inf).argmax()))
+        if token_ids[-1] in tokenizer.stop_ids or len(token_ids) == TOKENS:
+            return token_ids
+        logits = step(embed(token_ids[-1:]))
+
+
+def _texts(rows: Sequence[_Row], tolerance: Tolerance) -> dict[str, Any]:
+    equal, tied, different = 0, 0, []
+    for row in rows:
+        gap = row.gap()
+        if gap is None:
+            equal += 1
+        elif gap <= (tolerance.logits or 0):
+            tied += 1
+        else:
+            different.append(
+                {
+                    "question": row.picture.question,
+                    "eager": row.tokenizer.detokenize(row.answer),
+                    "export": row.tokenizer.detokenize(row.own_answer),
+                    "gap": gap,
+                }
+            )
+    return {"equal": equal, "equal_or_tied": equal + tied, "different": different[:_SHOWN]}
+
+
+def _differences(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """Of the second from the first, over all pairs; not a number where the second is not finite."""
+    absolute = max(float((ours.float() - theirs.float()).abs().max()) for ours, theirs in pairs)
+    largest = max(float(ours.abs().max()) for ours, _ in pairs)
+    if not all(bool(torch.isfinite(theirs).all()) for _, theirs in pairs):
+        absolute = float("nan")
+    return {"absolute": absolute, "relative": absolute / largest, "largest_value": largest}
+
+
+def _cosine(ours: Tensor, theirs: Tensor) -> float:
+    return float(torch.cosine_similarity(ours.double().flatten(), theirs.double().flatten(), dim=0))
+
+
+def _above(name: str, found: float, limit: float | None) -> list[str]:
+    if limit is None and not math.isnan(found):
+        return []
+    # Written so that a difference that is no number fails.
+    return [] if limit is not None and found <= limit else [f"{name} differ by {found:.2e}, allowed is {limit}"]
+
+
+def _drawn_by() -> str:
+    return f"fastvlm.synth, held out, seeds from {SEED}" if is_complete(default_folder()) else "shapes, seeds from 0"
