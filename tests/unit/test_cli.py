@@ -15,16 +15,17 @@ from fastvlm import cli, options
 from fastvlm.cli import flags
 from fastvlm.errors import InputError
 
+POSITIONAL = ("name", "preset", "format")
 PARSED = sorted({(verb.options, name) for name, verb in cli.VERBS.items()})
 
 
 def required_arguments(kind):
     """The shortest command line that an options class takes."""
-    needed = {"output": "o", "out": "o", "model": "m", "to": "hf", "name": "nano", "preset": "nano"}
+    needed = {"output": "o", "out": "o", "model": "m", "to": "hf", "name": "nano", "preset": "nano", "format": "onnx"}
     for field in dataclasses.fields(kind):
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             value = needed[field.name]
-            yield from (value,) if field.name in ("name", "preset") else (f"--{field.name}", value)
+            yield from (value,) if field.name in POSITIONAL else (f"--{field.name}", value)
     if kind is options.PredictOptions:
         yield from ("--prompt", "hello")
 
@@ -107,7 +108,7 @@ def test_help_shows_every_flag_with_its_words(capsys, name):
     _, out, _ = run(capsys, *name.split(), "--help")
 
     for spelling, field, _ in flags.flags(kind):
-        if field.name not in ("name", "preset"):
+        if field.name not in POSITIONAL:
             assert spelling in out
     assert not re.search(r"^  --\S+ \S+\n  --", out, re.MULTILINE), "a flag has no words"
 
