@@ -413,6 +413,27 @@ class ExportOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """Send a checkpoint folder to the Hugging Face hub; without --upload, only show what would be sent.
+
+    Weights, settings, licences and the card go; training state, logs and options stay. HF_TOKEN says who is sending.
+    """
+
+    model: str
+    """The folder: a trained model, an encoder or an adapter."""
+    to: Annotated[str, arg(metavar="OWNER/NAME")]
+    """The repository; made where it is missing."""
+    upload: bool = False
+    """Really send."""
+    private: bool = False
+    """Make a repository that is missing private."""
+    license: str | None = None
+    """The hub's name of the licence, such as apache-2.0, where no file of the folder says it."""
+    message: str = "Upload with fastvlm push"
+    """Of the commit."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
     """Check that this machine can run fastvlm: one line a check, ok, warn or FAIL."""
 

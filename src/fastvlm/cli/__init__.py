@@ -44,6 +44,7 @@ VERBS = {
     "models init": Verb("write a model of random weights", "ModelsInitOptions", "fastvlm.cli.models:init"),
     "convert": Verb("rewrite a checkpoint for other programs", "ConvertOptions", "fastvlm.cli.models:convert"),
     "export": Verb("write a model for ONNX, OpenVINO, Core ML, MLX", "ExportOptions", "fastvlm.cli.export:run"),
+    "push": Verb("send a checkpoint to the Hugging Face hub", "PushOptions", "fastvlm.cli.push:run"),
     "train": Verb("train a model", "TrainOptions", "fastvlm.cli.train:run"),
     "eval": Verb("measure a model", "EvalOptions", "fastvlm.cli.evaluate:run"),
     "data assets": Verb("fetch the fonts and emoji of nano's pictures", "DataAssetsOptions", "fastvlm.cli.data:assets"),
