@@ -189,7 +189,7 @@ def test_a_run_that_was_resumed_is_the_run_that_was_not(conversations, tmp_path)
 def test_a_resumed_run_with_a_frozen_encoder_goes_on_from_the_saved_one(tmp_path, conversations):
     given = tmp_path / "given"  # another encoder than that of the state would be seen in the losses
     shutil.copytree(GOLDENS / "hf_tiny", given)
-    wanted = {"model": str(given), "freeze_vision": True}
+    wanted = {"model": str(given), "learn_vision": "frozen"}
     whole = run(options(conversations, tmp_path / "whole", **wanted))
     cut(options(conversations, tmp_path / "half", save_minutes=0, **wanted), step=3)
     weights = load_file(given / "model.safetensors")
@@ -223,7 +223,7 @@ def _interrupt_at_step(step):
 
 
 def test_a_frozen_encoder_stays_bit_for_bit_what_it_was(conversations, tmp_path):
-    folder = run(options(conversations, tmp_path / "run", freeze_vision=True))
+    folder = run(options(conversations, tmp_path / "run", learn_vision="frozen"))
 
     before, after = load(GOLDENS / "hf_tiny").model, load(folder, dtype=None).model
     for name, tensor in before.vision.state_dict().items():

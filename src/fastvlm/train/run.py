@@ -63,10 +63,10 @@ def run(options: TrainOptions, *, report: Callable[[str], None] = logger.info) -
 
     model.to(placement.device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.vision.requires_grad_(not options.freeze_vision)
+    model.vision.requires_grad_(options.learn_vision != "frozen")
     optimizer = build_optimizer(model, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.98))
     facts = _resumed_facts(options, folder, model, optimizer) if options.resume else {}
-    encoder = _frozen_encoder(model, placement) if options.freeze_vision else None  # of the weights gone on from
+    encoder = _frozen_encoder(model, placement) if options.learn_vision == "frozen" else None  # of the weights gone on from
     trainer = Trainer(model, optimizer, placement, lr=options.lr, compile_model=options.compile, encoder=encoder)
     trainer.step, trainer.samples = facts.get("step", 0), facts.get("samples", 0)
     trainer.num_skipped = facts.get("num_skipped", 0)
