@@ -9,6 +9,7 @@ from fastvlm.config import FITS, Fit
 from fastvlm.errors import InputError
 
 FRESH: Final = "nano:fresh"
+CAPTION_PROMPT: Final = "Describe the image."
 Learning = Literal["full", "lora", "frozen"]
 """What learns of a part of a model."""
 _SEEDS: Final = (-(2**63), 2**63 - 1)
@@ -20,10 +21,26 @@ class TrainOptions:
 
     output: str
     """Folder for the trained checkpoint, its training state and the log."""
+    stage: Literal["1", "1.5", "2", "3", "lora"] | None = None
+    """Take the values of a stage of the paper's recipe, or of LLaVA's lora; 0 is `fastvlm pretrain`."""
+    config: str | None = None
+    """A TOML file whose keys are these flags; flags come before it, it comes before the stage."""
     data: tuple[str, ...] = ("synth",)
-    """`synth` draws nano's pictures; otherwise LLaVA JSON or JSONL files."""
-    image_folder: str = "."
-    """Where the pictures that the files name are."""
+    """`synth` draws nano's pictures; otherwise files or folders of samples (docs/data.md), as NAME or NAME:WEIGHT."""
+    image_folder: tuple[str, ...] = (".",)
+    """Where the pictures that the files name are; one for all --data, or one for each."""
+    allow_absolute_paths: bool = False
+    """Let rows name pictures by their whole path, anywhere on this machine."""
+    caption_prompt: str = CAPTION_PROMPT
+    """What is asked about pictures that have only a caption."""
+    max_bad_fraction: float = 0.01
+    """Samples that cannot be used are left out and listed in bad_samples.jsonl; a larger share of them ends the run."""
+    pack: bool = False
+    """Put several conversations into a row of --max-tokens positions; they do not see one another."""
+    feature_cache: str | None = None
+    """With a frozen vision encoder: a folder that keeps its features, so that no picture is encoded twice."""
+    feature_cache_gb: float = 50.0
+    """The folder of features never takes more."""
     model: str = FRESH
     """A checkpoint to go on from, or `nano:fresh` for random weights."""
     encoder: str | None = None
@@ -36,6 +53,8 @@ class TrainOptions:
     """Folder of fonts and emoji for `synth`; by default the one that `fastvlm data assets` fills."""
     steps: int = 12_000
     """Optimizer steps of the whole run."""
+    epochs: float | None = None
+    """Instead of --steps: how often all of --data is learned."""
     minutes: float | None = None
     """Let the schedule follow the clock instead, and end after so many minutes."""
     batch_size: int = 256
@@ -139,6 +158,7 @@ class TrainOptions:
             "log_every": (1, 10**9),
         }
         numbers: dict[str, tuple[float, float]] = {
+            "epochs": (1e-9, 1e6),
             "minutes": (1e-6, 1e6),
             "lr": (1e-12, 1e3),
             "vision_lr": (1e-12, 1e3),
@@ -151,6 +171,8 @@ class TrainOptions:
             "warmup": (0, 0.999),
             "weight_decay": (0, 1e3),
             "save_minutes": (0, 1e9),
+            "max_bad_fraction": (0, 1),
+            "feature_cache_gb": (0, 1e6),
         }
         for name, (low, high) in wholes.items():
             value = getattr(self, name)
@@ -175,6 +197,8 @@ class TrainOptions:
             raise InputError("vision encoder, projector and language model are all frozen: nothing would learn")
         if "lora" in learning and self.model == FRESH:
             raise InputError("low-rank updates (lora) need a --model with weights to update")
+        if self.learn_language == "full" and "lora" in learning:
+            raise InputError("with a language model that learns in full there is no small adapter; let it learn by lora")
         if self.batch_norm == "learning" and self.learn_vision == "frozen":
             raise InputError("--batch-norm learning does not go together with --learn-vision frozen")
         if (self.encoder is None) != (self.language is None):
@@ -192,6 +216,8 @@ class PretrainOptions:
 
     output: str
     """Folder for the encoder, the text tower, the training state and the log."""
+    config: str | None = None
+    """A TOML file whose keys are these flags; flags come before it."""
     data: tuple[str, ...]
     """What `fastvlm train --data` reads; of each sample the first picture and what is said of it last count."""
     image_folder: str = "."

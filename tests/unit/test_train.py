@@ -139,7 +139,7 @@ def options(conversations, output, **changes):
         **{
             "output": str(output),
             "data": (str(conversations),),
-            "image_folder": str(GOLDENS / "images"),
+            "image_folder": (str(GOLDENS / "images"),),
             "model": str(GOLDENS / "hf_tiny"),
             "image_size": 64,
             "steps": 4,

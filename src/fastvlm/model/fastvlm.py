@@ -41,18 +41,25 @@ class FastVLM(nn.Module):
             image_embeds = text_embeds.new_zeros(0, text_embeds.shape[-1])
         return merge(text_embeds, image_embeds, is_image)
 
-    def forward(self, token_ids: Tensor, pixels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        pixels: Tensor | None = None,
+        features: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
         """Return all logits `(B, T, V)` for token ids `(B, T)` and pictures: what training needs.
 
         The pictures come as pixels `(P, 3, H, W)`, or as features `(P, N, C)` that a frozen encoder made of them. The
-        caller has seen to it that there is a placeholder for each image embedding.
+        caller has seen to it that there is a placeholder for each image embedding. `segments` `(B, T)` says which of
+        several conversations in a row a token belongs to.
         """
         embeds, is_image = self._embed_text(token_ids)
         if pixels is not None:
             features = self.vision(pixels)
         if features is not None:
             embeds = scatter(embeds, self.projector(features), is_image)
-        return self.language.head(self.language(embeds))
+        return self.language.head(self.language(embeds, segments=segments))
 
     def _embed_text(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         is_image = token_ids == self.config.image_token_id

@@ -40,6 +40,24 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return x * cosine + torch.cat([-right, left], dim=-1) * sine
 
 
+def block_diagonal(segments: Tensor) -> tuple[Tensor, Tensor]:
+    """Say where the tokens of rows that hold several conversations are, and what each may attend to.
+
+    Args:
+        segments: Which conversation a token belongs to, `(B, T)`; the tokens of one stand together.
+
+    Returns:
+        Positions `(B, T)`, which begin at 0 in each conversation, and the mask `(B, 1, T, T)` of causal attention
+        inside each conversation: a block of it on the diagonal for each.
+    """
+    index = torch.arange(segments.shape[1], device=segments.device)
+    is_first = torch.ones_like(segments, dtype=torch.bool)
+    is_first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = torch.where(is_first, index, 0).cummax(dim=1).values
+    is_seen = (segments[:, :, None] == segments[:, None, :]) & (index <= index[:, None])
+    return index - starts, is_seen[:, None]
+
+
 class Attention(nn.Module):
     """Causal attention in which several query heads share a key/value head (arXiv 2305.13245)."""
 
@@ -128,13 +146,17 @@ class Qwen2(nn.Module):
         """`(..., D)` hidden states to `(..., V)` logits."""
         return F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
 
-    def forward(self, embeds: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, embeds: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         """Read `(B, T, D)` behind what the cache holds; return hidden states `(B, T, D)`.
 
-        The caller counts the tokens as read (`cache.advance`), because only it knows which of them are padding.
+        `segments` `(B, T)`, without a cache, says which of several conversations in a row a token belongs to: they do
+        not see one another. The caller counts the tokens as read (`cache.advance`), because only it knows which of
+        them are padding.
         """
         num_tokens = embeds.shape[1]
-        if cache is None:
+        if segments is not None:
+            positions, is_seen = block_diagonal(segments)
+        elif cache is None:
             positions, is_seen = torch.arange(num_tokens, device=embeds.device)[None], None
         else:
             positions, is_seen = cache.positions(num_tokens), cache.is_seen(num_tokens)

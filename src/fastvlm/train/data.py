@@ -1,14 +1,15 @@
 """From pictures and conversations to batches.
 
-Letters: `P` images, `H, W` pixels, `B` rows, `T` tokens.
+Letters: `P` images, `H, W` pixels, `N` positions, `C` channels of vision, `B` rows, `T` tokens.
 """
 
 import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ from fastvlm.image import resize
 from fastvlm.prompt import IGNORE, Message, Tokenizer, assistant, tokenize, user
 from fastvlm.synth.assets import read_assets
 from fastvlm.synth.studio import SHARES, Studio
+from fastvlm.train.packing import pack
+from fastvlm.train.skipped import BadSample, Ledger
+
+WORKER_TIMEOUT: Final = 600.0
+"""Seconds that a worker process may take for a batch before it is taken to hang."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,31 +34,53 @@ class Example:
     """One conversation about some pictures, ready to be put into a batch."""
 
     pixels: Tensor
-    """uint8, `(P, 3, H, W)`."""
+    """uint8, `(P, 3, H, W)`; no pictures where there are `features`."""
     token_ids: list[int]
     labels: list[int]
     task: str
+    features: Tensor | None = None
+    """What a frozen encoder made of the pictures before, `(P, N, C)`."""
+    keys: tuple[str, ...] = ()
+    """Names of the pictures in the cache of features, where there is one."""
+
+    @property
+    def num_pictures(self) -> int:
+        """How many pictures the conversation shows."""
+        return len(self.pixels) if self.features is None else len(self.features)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows padded on the right, so that causal attention needs no mask."""
+    """Rows padded on the right, so that causal attention needs no mask unless a row holds several conversations."""
 
     pixels: Tensor
-    """uint8, `(P, 3, H, W)`: the pictures of all rows in reading order."""
+    """uint8, `(P, 3, H, W)`: the pictures of all rows in reading order, but for those whose features are kept."""
     token_ids: Tensor
     """`(B, T)`."""
     labels: Tensor
     """`(B, T)`, `IGNORE` where nothing is learned."""
     tasks: tuple[str, ...]
+    """What each row is of."""
+    num_samples: int
+    """How many samples of the order went into the batch, those that were left out included."""
+    segments: Tensor | None = None
+    """Which of a row's conversations a token belongs to, `(B, T)`; None where each row is one conversation."""
+    features: Tensor | None = None
+    """Features that are kept, `(P, N, C)`; of all pictures when `missing` is empty."""
+    missing: tuple[int, ...] = ()
+    """Where among all pictures those of `pixels` stand, when there is a cache of features; `keys` are their names."""
+    keys: tuple[str, ...] = ()
+    bad: tuple[BadSample, ...] = ()
+    """What was left out."""
 
     def pin_memory(self) -> "Batch":
         """Let the loader copy to a GPU while the GPU computes."""
-        return Batch(
+        return replace(
+            self,
             pixels=self.pixels.pin_memory(),
             token_ids=self.token_ids.pin_memory(),
             labels=self.labels.pin_memory(),
-            tasks=self.tasks,
+            segments=None if self.segments is None else self.segments.pin_memory(),
         )
 
 
@@ -94,65 +122,116 @@ def collate(  # noqa: PLR0913  (how rows are padded and checked)
     image_id: int,
     num_image_tokens: int,
     is_fixed: bool = False,
+    is_packed: bool = False,
+    image_size: int = 64,
 ) -> Batch:
     """Put examples into one batch of rows as long as the longest; what is over `max_tokens` loses its end.
 
     Args:
-        examples: What to put together.
+        examples: What to put together; none makes a batch of one row in which nothing is learned.
         max_tokens: Most positions of a row.
         pad_id: What stands behind a row's end.
         image_id: The placeholder, to be counted.
         num_image_tokens: Placeholders a picture.
         is_fixed: Make every row `max_tokens` long, so that a compiled step sees one shape.
+        is_packed: Put several conversations into a row, as far as they fit; see `packing`.
+        image_size: Side of the pictures, for a batch that has none.
 
     Raises:
         InputError: The pictures of an example do not match its placeholders, or do not fit into `max_tokens`.
     """
-    width = max_tokens if is_fixed else min(max_tokens, max(len(example.token_ids) for example in examples))
-    token_ids = torch.full((len(examples), width), pad_id)
-    labels = torch.full((len(examples), width), IGNORE)
-    for row, example in enumerate(examples):
-        kept = min(len(example.token_ids), max_tokens)
-        num_slots = example.token_ids[:kept].count(image_id)
-        if num_slots != len(example.pixels) * num_image_tokens:
-            raise InputError(
-                f"an example of {len(example.token_ids)} tokens has {num_slots} image placeholders in its first "
-                f"{kept}, its {len(example.pixels)} pictures make {len(example.pixels) * num_image_tokens}; "
-                f"raise max_tokens"
-            )
-        token_ids[row, :kept] = torch.tensor(example.token_ids[:kept])
-        labels[row, :kept] = torch.tensor(example.labels[:kept])
+    lengths = [min(len(example.token_ids), max_tokens) for example in examples]
+    rows = pack(lengths, max_tokens) if is_packed else [[i] for i in range(len(examples))]
+    width = max_tokens if is_fixed else max((sum(lengths[i] for i in row) for row in rows), default=1)
+    token_ids = torch.full((max(1, len(rows)), width), pad_id)
+    labels = torch.full_like(token_ids, IGNORE)
+    segments = torch.full_like(token_ids, -1) if is_packed else None
+    for at, row in enumerate(rows):
+        begin = 0
+        for number, i in enumerate(row):
+            kept = _check_slots(examples[i], lengths[i], image_id, num_image_tokens)
+            token_ids[at, begin : begin + kept] = torch.tensor(examples[i].token_ids[:kept])
+            labels[at, begin : begin + kept] = torch.tensor(examples[i].labels[:kept])
+            if segments is not None:
+                segments[at, begin : begin + kept] = number
+                labels[at, begin] = IGNORE  # or the end of one conversation would learn the begin of the next
+            begin += kept
+    ordered = [examples[i] for row in rows for i in row]
+    no_pixels = torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8)
+    features, missing, keys = _kept_features(ordered)
     return Batch(
-        pixels=torch.cat([example.pixels for example in examples]),
+        pixels=torch.cat([example.pixels for example in ordered] or [no_pixels]),
         token_ids=token_ids,
         labels=labels,
-        tasks=tuple(example.task for example in examples),
+        tasks=tuple(_task([examples[i].task for i in row]) for row in rows) or ("nothing",),
+        num_samples=len(examples),
+        segments=segments,
+        features=features,
+        missing=missing,
+        keys=keys,
     )
 
 
-class _Caught(Dataset[Example | FastVLMError]):
+def _check_slots(example: Example, kept: int, image_id: int, num_image_tokens: int) -> int:
+    num_slots = example.token_ids[:kept].count(image_id)
+    if num_slots != example.num_pictures * num_image_tokens:
+        raise InputError(
+            f"an example of {len(example.token_ids)} tokens has {num_slots} image placeholders in its first "
+            f"{kept}, its {example.num_pictures} pictures make {example.num_pictures * num_image_tokens}; "
+            f"raise max_tokens"
+        )
+    return kept
+
+
+def _kept_features(examples: Sequence[Example]) -> tuple[Tensor | None, tuple[int, ...], tuple[str, ...]]:
+    """What the cache gave, and the places among all pictures and the names of those that it did not."""
+    kept: list[Tensor] = []
+    missing: list[int] = []
+    keys: list[str] = []
+    begin = 0
+    for example in examples:
+        if example.features is not None:
+            kept.append(example.features)
+        elif example.keys:
+            missing += range(begin, begin + example.num_pictures)
+            keys += example.keys
+        begin += example.num_pictures
+    return torch.cat(kept) if kept else None, tuple(missing), tuple(keys)
+
+
+def _task(tasks: Sequence[str]) -> str:
+    return tasks[0] if len(set(tasks)) == 1 else "mixed"
+
+
+class _Caught(Dataset[Example | BadSample | FastVLMError]):
     """Gives an error as a value: raised in a worker process, it would arrive as a page of traceback."""
 
     def __init__(self, dataset: Dataset[Example]) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, index: int) -> Example | FastVLMError:
+    def __getitem__(self, index: int) -> Example | BadSample | FastVLMError:
         try:
             return self.dataset[index]
+        except InputError as error:
+            return BadSample(index=index, offset=0, reason=" ".join(str(error).split()))
         except FastVLMError as error:
             return error
 
 
 def _collate_caught(
-    items: Sequence[Example | FastVLMError], *, collate_fn: Callable[[Sequence[Example]], Batch]
+    items: Sequence[Example | BadSample | FastVLMError], *, collate_fn: Callable[[Sequence[Example]], Batch]
 ) -> Batch | FastVLMError:
     examples: list[Example] = []
-    for item in items:
+    bad: list[BadSample] = []
+    for offset, item in enumerate(items):
         if isinstance(item, FastVLMError):
             return item
-        examples.append(item)
+        if isinstance(item, BadSample):
+            bad.append(replace(item, offset=offset))
+        else:
+            examples.append(item)
     try:
-        return collate_fn(examples)
+        return replace(collate_fn(examples), bad=tuple(bad), num_samples=len(items))
     except FastVLMError as error:
         return error
 
@@ -170,13 +249,29 @@ def batches(  # noqa: PLR0913  (how to read, in what order, in how many processe
     num_workers: int,
     collate_fn: Callable[[Sequence[Example]], Batch],
     pin: bool,
+    ledger: Ledger | None = None,
+    timeout: float = WORKER_TIMEOUT,
 ) -> Iterator[Batch]:
     """Read `indices` in order, `batch_size` at a time, in worker processes where there are any.
 
+    A batch covers `batch_size` positions of the order, whatever is bad among them: samples that cannot be used are left
+    out, and the others stay where they are. A batch without a usable sample comes as a row in which nothing is learned.
+
+    Args:
+        dataset: What to read.
+        indices: Which samples, in which order.
+        batch_size: Samples a batch; what is left over at the end is not read.
+        num_workers: Processes; 0 reads in this one.
+        collate_fn: Puts examples together, also none.
+        pin: Put tensors where a GPU can fetch them.
+        ledger: Counts the samples that cannot be used; without it the first one is an error.
+        timeout: Seconds that a batch may take in a worker process.
+
     Raises:
-        FastVLMError: An example cannot be made; the same error in a worker process as in this one.
+        FastVLMError: An example cannot be made, the same error in a worker process as in this one; too many samples
+            cannot be used; or a worker process died or hangs.
     """
-    loader: DataLoader[Example | FastVLMError] = DataLoader(
+    loader: DataLoader[Example | BadSample | FastVLMError] = DataLoader(
         _Caught(dataset),
         batch_size=batch_size,
         sampler=indices,
@@ -187,8 +282,32 @@ def batches(  # noqa: PLR0913  (how to read, in what order, in how many processe
         worker_init_fn=_start_worker if num_workers else None,
         prefetch_factor=2 if num_workers else None,
         persistent_workers=False,
+        timeout=timeout if num_workers else 0,
     )
-    for item in loader:
+    for item in _alive(loader):
         if isinstance(item, FastVLMError):
             raise item
+        if ledger is not None:
+            ledger.take(item.num_samples, item.bad)
+        elif item.bad:
+            raise InputError(item.bad[0].reason)
+        yield item
+
+
+def _alive(loader: DataLoader[Any]) -> Iterator[Batch | FastVLMError]:
+    """Say in one line what became of a worker process that the loader waits for in vain."""
+    iterator = iter(loader)
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            if "DataLoader" not in reason:
+                raise
+            raise FastVLMError(
+                f"reading data failed: {reason:.200}; often memory runs out: give fewer --workers, "
+                f"and --resume to go on from the last checkpoint"
+            ) from error
         yield item

@@ -1,22 +1,32 @@
 """One step of training and the loop around it.
 
-Letters: `P` images, `H, W` pixels, `B` rows, `T` tokens, `V` vocabulary.
+A step has pieces: batches whose gradients are added up, in this process and in the others of the run. What is learned
+from a piece is said by an `Objective`, a module around the model; the loop knows no other loss.
+
+Letters: `P` images, `H, W` pixels, `N` positions, `C` channels of vision, `B` rows, `T` tokens, `V` vocabulary.
 """
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvlm.device import Placement
+from fastvlm.errors import TrainingError
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.vision import FastViTHD
 from fastvlm.prompt import IGNORE
 from fastvlm.train.data import Batch
+from fastvlm.train.learning import set_train_mode, statistics
+from fastvlm.train.optimizer import set_rates
+from fastvlm.train.parallel import Group
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,9 +42,81 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return losses.view(targets.shape).sum(1), (targets != IGNORE).sum(1)
 
 
+class Losses(NamedTuple):
+    """What a piece of a step is to make smaller."""
+
+    sums: Tensor
+    """Cross-entropy of each row, summed over its learned tokens, `(B,)`; a step divides by its number of such tokens."""
+    counts: Tensor
+    """Learned tokens of each row, `(B,)`."""
+    extra: Tensor | None = None
+    """Another loss, one number: the mean over the piece; a step takes the mean over its pieces."""
+
+
+class Objective(nn.Module):
+    """The loss of the next token (arXiv 2304.08485, 4.2).
+
+    Another objective is a subclass with a `forward` of its own, and with whatever modules it needs to learn beside the model.
+    It gets every tensor of a batch by its field's name.
+    """
+
+    def __init__(self, model: FastVLM, encoder: FastViTHD | None = None, *, sees_always: bool = False) -> None:
+        """Wrap a model.
+
+        Args:
+            model: What learns.
+            encoder: A folded copy of a vision encoder that does not learn, which is faster than the original.
+            sees_always: Show a blank picture where a batch has none, so that every process uses the same parameters.
+        """
+        super().__init__()
+        self.model, self.sees_always = model, sees_always
+        self._encoder = (encoder,)  # in a tuple, so that it is no part of what is trained, wrapped and saved
+
+    @property
+    def encoder(self) -> FastViTHD | None:
+        """The folded copy, where there is one."""
+        return self._encoder[0]
+
+    def forward(self, tensors: Mapping[str, Tensor]) -> Losses:
+        """Compute the losses of `token_ids` and `labels` `(B, T)`.
+
+        The pictures are `features` `(P, N, C)`, or `pixels` `(P, 3, H, W)`, 0 to 1, that the encoder is to see;
+        `segments` `(B, T)`, where it is there, says which of a row's conversations a token belongs to.
+        """
+        pixels, features = tensors["pixels"], tensors.get("features")
+        if features is None and self.sees_always and not len(pixels):
+            pixels = pixels.new_zeros(1, *pixels.shape[1:])
+        if features is None and self.encoder is not None:
+            features = self.encode(pixels)
+        shown = pixels if features is None and len(pixels) else None
+        logits = self.model(tensors["token_ids"], shown, features=features, segments=tensors.get("segments"))
+        return Losses(*row_losses(logits, tensors["labels"]))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Make features `(P, N, C)` of pixels `(P, 3, H, W)` with the encoder that does not learn."""
+        encoder = self.encoder
+        assert encoder is not None
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            return encoder(pixels.to(next(encoder.parameters()).dtype))
+
+
+def to_tensors(batch: Batch, placement: Placement) -> dict[str, Tensor]:
+    """Move what a batch holds to where the model computes; pixels become numbers from 0 to 1."""
+    tensors = {}
+    for item in fields(batch):
+        value = getattr(batch, item.name)
+        if isinstance(value, Tensor):
+            tensors[item.name] = value.to(placement.device, non_blocking=True)
+    pixels = tensors["pixels"].to(placement.dtype).div_(255)
+    tensors["pixels"] = pixels.contiguous(memory_format=torch.channels_last)
+    if "features" in tensors:
+        tensors["features"] = tensors["features"].to(placement.dtype)
+    return tensors
+
+
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """What a stretch of steps came to."""
+    """What a stretch of steps came to, in all processes."""
 
     step: int
     samples: int
@@ -42,138 +124,256 @@ class Metrics:
     task_losses: dict[str, float]
     grad_norm: float
     lr: float
+    """The highest of the parts' learning rates at the last step."""
     samples_per_second: float
+    tokens_per_second: float
+    """Positions that are no padding, image embeddings included."""
+    mfu: float | None
+    """Share of the device's speed at multiplying large matrices; None where it was not measured."""
     elapsed: float
+    """Seconds that this process has trained."""
+    remaining: float | None
+    """Seconds that are left at this pace."""
     num_skipped: int
+    """Steps of the run so far whose loss or gradient was not finite."""
+
+
+class StepResult(NamedTuple):
+    """What one step came to in this process; the numbers stay on the device."""
+
+    sums: Tensor
+    """Summed losses of the rows, `(B,)`."""
+    counts: Tensor
+    """Learned tokens of the rows, `(B,)`."""
+    norm: Tensor
+    """Length of the whole gradient before it was clipped."""
+    is_skipped: bool
 
 
 @dataclass(kw_only=True)
 class _Window:
     """Sums since the last report; they stay on the device until it is due."""
 
-    sums: list[Tensor] = field(default_factory=list)
-    counts: list[Tensor] = field(default_factory=list)
+    results: list[StepResult] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
+    samples: int = 0
+    tokens: int = 0
+    seconds_out: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What the loop tells its caller and asks of it; it knows no clock, log or folder itself."""
+
+    progress: Callable[["Trainer"], float]
+    """How much of the run is done, 0 to 1: by steps or by the clock. That of the first process counts."""
+    schedule: Callable[[float], float]
+    """The learning rate's factor at a progress."""
+    report: Callable[[Metrics], None]
+    skipped: Callable[["Trainer"], None] = lambda _: None
+    """A step was skipped because its loss or gradient was not finite."""
+    after_step: Callable[["Trainer"], None] = lambda _: None
+    """Called in every process: saves, validates, when it is time."""
+    wants_end: Callable[[], bool] = lambda: False
+    """Whether this process was asked to end; then all end behind the same step."""
+
+
 class Trainer:
-    """A model, its optimizer and the step between them."""
+    """An objective, its optimizer and the step between them."""
 
     def __init__(  # noqa: PLR0913  (what a step needs)
         self,
-        model: FastVLM,
+        objective: Objective,
         optimizer: torch.optim.Optimizer,
         placement: Placement,
         *,
-        lr: float,
         clip: float = 1.0,
+        max_skipped: int = 20,
+        learns_vision: bool = True,
+        learns_statistics: bool = True,
         compile_model: bool = False,
-        encoder: FastViTHD | None = None,
+        group: Group | None = None,
+        pad_id: int | None = None,
+        flops_per_second: float | None = None,
     ) -> None:
-        """Take the pieces; `encoder` is a folded copy of a frozen vision encoder, which is faster than the original."""
-        self.model, self.optimizer, self.placement, self.encoder = model, optimizer, placement, encoder
-        self.lr, self.clip = lr, clip
-        self.step, self.samples, self.num_skipped = 0, 0, 0
-        self._forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = self._losses
-        if compile_model:
-            self._forward = torch.compile(self._losses)
+        """Take the pieces.
 
-    def _losses(self, pixels: Tensor, token_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self.encoder is None:
-            return row_losses(self.model(token_ids, pixels), labels)
-        with torch.no_grad():
-            features = self.encoder(pixels.to(next(self.encoder.parameters()).dtype))
-        return row_losses(self.model(token_ids, features=features.to(self.placement.dtype)), labels)
-
-    def train_step(self, batch: Batch, lr_factor: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Learn from one batch; return summed losses and token counts of its rows, and the gradient's norm.
-
-        A step whose gradient is not finite changes nothing; it is counted.
+        Args:
+            objective: The model and what it learns.
+            optimizer: Of the objective's parameters, as `build_optimizer` makes it.
+            placement: Where the objective is, and the format of the arithmetic.
+            clip: Longest gradient.
+            max_skipped: How many steps on end may be skipped.
+            learns_vision: Whether the vision encoder learns.
+            learns_statistics: Whether its BatchNorm statistics follow the data.
+            compile_model: Compile the objective.
+            group: The processes of the run; None is this one alone.
+            pad_id: What stands behind a row's end and is not counted as a token.
+            flops_per_second: Of the device, to compare with.
         """
-        device = self.placement.device
-        pixels = batch.pixels.to(device, non_blocking=True)
-        pixels = pixels.to(self.placement.dtype).div_(255).contiguous(memory_format=torch.channels_last)
-        token_ids = batch.token_ids.to(device, non_blocking=True)
-        labels = batch.labels.to(device, non_blocking=True)
+        self.objective, self.optimizer, self.placement = objective, optimizer, placement
+        self.clip, self.max_skipped = clip, max_skipped
+        self.learns_vision, self.learns_statistics = learns_vision, learns_statistics
+        self.group = group or Group()
+        self.step, self.samples, self.num_skipped, self.num_skipped_on_end = 0, 0, 0, 0
+        self.pad_id, self.flops_per_second = pad_id, flops_per_second
+        self.wrapped: nn.Module = self.group.wrap(objective, placement.device)
+        if compile_model:
+            self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
+
+    @property
+    def model(self) -> FastVLM:
+        """What learns."""
+        return self.objective.model
+
+    def set_train_mode(self) -> None:
+        """Put what learns into training mode; what does not stays in evaluation mode."""
+        self.objective.train()
+        set_train_mode(self.model, learns_vision=self.learns_vision, learns_statistics=self.learns_statistics)
+
+    def train_step(self, pieces: Sequence[Batch], factor: float) -> StepResult:
+        """Learn from a step's pieces at `factor` times the highest learning rates.
+
+        The loss is the mean over the learned tokens of all pieces in all processes, however they are cut. A step whose
+        loss or gradient is not finite changes nothing, not even BatchNorm's statistics; it is counted.
+
+        Raises:
+            TrainingError: Too many steps on end were skipped, or another process is gone.
+        """
         # The forward pass moves BatchNorm's statistics before the gradient is known.
-        buffers = [buffer for buffer in self.model.buffers() if self.encoder is None]
-        before = [buffer.clone() for buffer in buffers]
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * lr_factor
-        with torch.autocast(device.type, self.placement.dtype, enabled=self.placement.dtype != torch.float32):
-            sums, counts = self._forward(pixels, token_ids, labels)
-        torch.autograd.backward(sums.sum() / counts.sum().clamp(min=1))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        if bool(torch.isfinite(norm)):
+        moved = statistics(self.model)
+        before = [buffer.clone() for buffer in moved]
+        set_rates(self.optimizer, factor)
+        num_tokens = self.group.sum(sum(int((piece.labels[:, 1:] != IGNORE).sum()) for piece in pieces))
+        losses = [self._learn(piece, num_tokens, len(pieces), is_last=piece is pieces[-1]) for piece in pieces]
+        norm = self.group.clip_gradient(self.objective, self.clip)
+        is_finite = bool(torch.isfinite(norm))
+        if is_finite:
             self.optimizer.step()
+            self.num_skipped_on_end = 0
         else:
             self.num_skipped += 1
-            for buffer, value in zip(buffers, before, strict=True):
+            self.num_skipped_on_end += 1
+            for buffer, value in zip(moved, before, strict=True):
                 buffer.copy_(value)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.samples += len(batch.tasks)
-        return sums.detach(), counts, norm
+        self.samples += self.group.world * sum(piece.num_samples for piece in pieces)
+        return StepResult(
+            torch.cat([piece.sums.detach() for piece in losses]),
+            torch.cat([piece.counts for piece in losses]),
+            norm,
+            not is_finite,
+        )
 
-    def run(  # noqa: PLR0913  (the loop knows no clock, log or folder: they are handed to it)
-        self,
-        batches: Iterable[Batch],
-        *,
-        progress: Callable[["Trainer"], float],
-        schedule: Callable[[float], float],
-        log_every: int,
-        report: Callable[[Metrics], None],
-        checkpoint: Callable[["Trainer"], None],
-    ) -> None:
-        """Train until the batches end or `progress` reaches 1.
+    def _learn(self, piece: Batch, num_tokens: int, num_pieces: int, *, is_last: bool) -> Losses:
+        """Add the gradient of one piece."""
+        dtype, device = self.placement.dtype, self.placement.device
+        with self.group.synchronised(self.wrapped, is_last=is_last):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                losses: Losses = self.wrapped(to_tensors(piece, self.placement))
+            total = losses.sums.sum() / max(1, num_tokens)
+            if losses.extra is not None:
+                total = total + losses.extra / (num_pieces * self.group.world)
+            # Processes' gradients are averaged; the loss is a sum over them.
+            torch.autograd.backward(total * self.group.world)
+        return losses
+
+    def run(self, pieces: Iterable[Batch], hooks: Hooks, *, accumulate: int = 1, log_every: int = 20) -> bool:
+        """Train until the pieces end, `progress` reaches 1 or a process is asked to end.
 
         Args:
-            batches: What to learn from, in order.
-            progress: How much of the run is done, 0 to 1; by steps or by the clock.
-            schedule: The learning rate's factor at a progress.
+            pieces: What to learn from, in order; those of a step follow one another.
+            hooks: What the loop tells and asks.
+            accumulate: Pieces of a step in this process.
             log_every: Steps between reports; the last step is reported too.
-            report: Takes each report.
-            checkpoint: Called after every step; saves when it is time.
-        """
-        self.model.train()
-        if self.encoder is not None:
-            self.model.vision.eval()
-        started = time.monotonic()
-        window, factor = _Window(), 0.0
-        for batch in batches:
-            done = progress(self)
-            if done >= 1:
-                break
-            factor = schedule(done)
-            sums, counts, norm = self.train_step(batch, factor)
-            window.sums.append(sums)
-            window.counts.append(counts)
-            window.norms.append(norm)
-            window.tasks.extend(batch.tasks)
-            if self.step % log_every == 0:
-                report(self._metrics(window, started, factor))
-                window = _Window()
-            checkpoint(self)
-        if window.sums:
-            report(self._metrics(window, started, factor))
 
-    def _metrics(self, window: _Window, started: float, factor: float) -> Metrics:
-        sums, counts = torch.cat(window.sums).cpu(), torch.cat(window.counts).cpu()
+        Returns:
+            Whether it was asked to end.
+
+        Raises:
+            TrainingError: As `train_step`.
+        """
+        self.set_train_mode()
+        started, begun_at = time.monotonic(), None
+        window, factor, done = _Window(), 0.0, 0.0
+
+        def report() -> None:
+            nonlocal window
+            metrics = self._metrics(window, factor, time.monotonic() - started, begun_at, done)
+            hooks.report(metrics)
+            window = _Window()
+
+        for step in _steps(pieces, accumulate):
+            done, is_ending = self.group.agree(hooks.progress(self), ends=hooks.wants_end())
+            begun_at = done if begun_at is None else begun_at
+            if is_ending or done >= 1:
+                if window.results:
+                    report()
+                return is_ending
+            factor = hooks.schedule(done)
+            result = self.train_step(step, factor)
+            window.results.append(result)
+            window.tasks.extend(task for piece in step for task in piece.tasks)
+            window.samples += sum(piece.num_samples for piece in step)
+            window.tokens += sum(self._num_tokens(piece) for piece in step)
+            if result.is_skipped:
+                hooks.skipped(self)
+                if self.num_skipped_on_end >= self.max_skipped:
+                    raise TrainingError(
+                        f"the loss or its gradient was not a finite number in {self.num_skipped_on_end} steps on end, "
+                        f"up to step {self.step}; nothing was learned from them; lower --lr, or look at the data"
+                    )
+            if self.step % log_every == 0:
+                report()
+            outside = time.monotonic()
+            hooks.after_step(self)
+            window.seconds_out += time.monotonic() - outside
+        if window.results:
+            report()
+        return False
+
+    def _num_tokens(self, piece: Batch) -> int:
+        if self.pad_id is None:
+            return piece.token_ids.numel()
+        return int((piece.token_ids != self.pad_id).sum())
+
+    def _metrics(
+        self, window: _Window, factor: float, elapsed: float, begun_at: float | None, done: float
+    ) -> Metrics:
+        sums = torch.cat([result.sums for result in window.results]).tolist()
+        counts = torch.cat([result.counts for result in window.results]).tolist()
         per_task: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for task, loss, count in zip(window.tasks, sums.tolist(), counts.tolist(), strict=True):
+        for task, loss, count in zip(window.tasks, sums, counts, strict=True):
             per_task[task][0] += loss
             per_task[task][1] += count
-        now = time.monotonic()
+        per_task = self.group.add_up(per_task)
+        total, num_learned = (sum(pair[i] for pair in per_task.values()) for i in (0, 1))
+        seconds = max(1e-9, time.monotonic() - window.started - window.seconds_out)
+        tokens_per_second = self.group.sum(window.tokens) / seconds
+        passed = done - (begun_at or 0.0)
         return Metrics(
             step=self.step,
             samples=self.samples,
-            loss=float(sums.sum() / counts.sum().clamp(min=1)),
-            task_losses={task: total / max(1.0, count) for task, (total, count) in sorted(per_task.items())},
-            grad_norm=float(torch.stack(window.norms).mean()),
-            lr=self.lr * factor,
-            samples_per_second=len(window.tasks) / (now - window.started),
-            elapsed=now - started,
+            loss=total / max(1.0, num_learned),
+            task_losses={task: loss / max(1.0, count) for task, (loss, count) in sorted(per_task.items())},
+            grad_norm=float(torch.stack([result.norm for result in window.results]).mean()),
+            lr=factor * max(group["peak_lr"] for group in self.optimizer.param_groups),
+            samples_per_second=self.group.sum(window.samples) / seconds,
+            tokens_per_second=tokens_per_second,
+            mfu=None,
+            elapsed=elapsed,
+            remaining=elapsed * (1 - done) / passed if passed > 0 and math.isfinite(passed) else None,
             num_skipped=self.num_skipped,
         )
+
+
+def _steps(pieces: Iterable[Batch], accumulate: int) -> Iterator[list[Batch]]:
+    """The pieces of each step; what does not make up a whole one is left."""
+    step: list[Batch] = []
+    for piece in pieces:
+        step.append(piece)
+        if len(step) == accumulate:
+            yield step
+            step = []

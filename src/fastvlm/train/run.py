@@ -28,10 +28,13 @@ from fastvlm.options import FRESH, TrainOptions
 from fastvlm.prompt import Tokenizer
 from fastvlm.synth.assets import default_folder, read_assets
 from fastvlm.synth.wording import corpus
-from fastvlm.train.conversations import ConversationDataset
 from fastvlm.train.data import SynthDataset, batches, collate
+from fastvlm.train.dataset import ConversationDataset, open_dataset
+from fastvlm.train.features import FeatureCache
 from fastvlm.train.loop import Metrics, Trainer
+from fastvlm.train.mixture import parse_parts
 from fastvlm.train.optimizer import build_optimizer, cosine
+from fastvlm.train.skipped import BAD_SAMPLES, Ledger
 from fastvlm.train.start import fresh_config, fresh_model
 from fastvlm.train.state import TENSORS, load_state, save_state
 from fastvlm.train.tokenizer import build_tokenizer
@@ -40,7 +43,21 @@ LOG = "metrics.jsonl"
 OPTIONS = "options.json"
 _MAX_WORDS = 450  # of the wordings: all of them
 _MAY_CHANGE: Final = frozenset(
-    {"output", "image_folder", "assets", "workers", "device", "compile", "log_every", "save_minutes", "resume", "quiet"}
+    {
+        "output",
+        "image_folder",
+        "assets",
+        "workers",
+        "device",
+        "compile",
+        "log_every",
+        "save_minutes",
+        "resume",
+        "quiet",
+        "feature_cache",
+        "feature_cache_gb",
+        "max_bad_fraction",
+    }
 )
 
 logger = logging.getLogger(__name__)
@@ -56,7 +73,11 @@ def run(options: TrainOptions, *, report: Callable[[str], None] = logger.info) -
     placement = place(options.device, options.dtype)
     folder = Path(options.output)
     # A run that ended before it saved leaves its options and its log, and may begin again.
-    if not options.resume and folder.is_dir() and {path.name for path in folder.iterdir()} - {LOG, OPTIONS}:
+    if (
+        not options.resume
+        and folder.is_dir()
+        and {path.name for path in folder.iterdir()} - {LOG, OPTIONS, BAD_SAMPLES}
+    ):
         raise InputError(f"{folder} exists and is not empty; give another --output, or --resume to go on")
     model, tokenizer = _start(options)
     dataset = _dataset(options, model, tokenizer)
@@ -66,7 +87,10 @@ def run(options: TrainOptions, *, report: Callable[[str], None] = logger.info) -
     model.vision.requires_grad_(options.learn_vision != "frozen")
     optimizer = build_optimizer(model, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.98))
     facts = _resumed_facts(options, folder, model, optimizer) if options.resume else {}
-    encoder = _frozen_encoder(model, placement) if options.learn_vision == "frozen" else None  # of the weights gone on from
+    # Of the weights that are gone on from.
+    encoder = _frozen_encoder(model, placement) if options.learn_vision == "frozen" else None
+    if options.feature_cache is not None:
+        _add_feature_cache(options, dataset, encoder, placement)
     trainer = Trainer(model, optimizer, placement, lr=options.lr, compile_model=options.compile, encoder=encoder)
     trainer.step, trainer.samples = facts.get("step", 0), facts.get("samples", 0)
     trainer.num_skipped = facts.get("num_skipped", 0)
@@ -152,7 +176,33 @@ def _dataset(options: TrainOptions, model: FastVLM, tokenizer: Tokenizer) -> Syn
         assets = Path(options.assets) if options.assets else default_folder()
         read_assets(assets)  # so that missing assets are said here and not by a worker process
         return SynthDataset(assets, tokenizer, vision, seed=options.seed, length=100_000_000)
-    return ConversationDataset([Path(path) for path in options.data], Path(options.image_folder), tokenizer, vision)
+    conversations = open_dataset(
+        parse_parts(options.data, options.image_folder),
+        tokenizer,
+        vision,
+        max_tokens=options.max_tokens,
+        caption_prompt=options.caption_prompt,
+        allow_absolute=options.allow_absolute_paths,
+    )
+    conversations.survey(options.max_bad_fraction)
+    return conversations
+
+
+def _add_feature_cache(
+    options: TrainOptions,
+    dataset: SynthDataset | ConversationDataset,
+    encoder: FastViTHD | None,
+    placement: Placement,
+) -> None:
+    if encoder is None or isinstance(dataset, SynthDataset):
+        raise InputError("--feature-cache keeps what a frozen encoder makes of --data: give files, and --freeze-vision")
+    dataset.cache = FeatureCache(
+        Path(str(options.feature_cache)).expanduser(),
+        encoder,
+        dataset.vision,
+        dtype=placement.dtype,
+        max_bytes=int(options.feature_cache_gb * 1e9),
+    )
 
 
 def _fast_arithmetic(placement: Placement) -> None:
@@ -200,22 +250,34 @@ def _train(  # noqa: PLR0913  (the pieces of a run meet here)
             f"{metrics.samples_per_second:.0f} samples/s  {tasks}"
         )
 
-    trainer.run(
-        batches(
-            dataset,
-            indices=_order(options, dataset, trainer.samples),
-            batch_size=options.batch_size,
-            num_workers=options.workers,
-            collate_fn=partial(
-                collate,
-                max_tokens=options.max_tokens,
-                is_fixed=options.compile,
-                pad_id=tokenizer.end_of_text_id,
-                image_id=tokenizer.image_id,
-                num_image_tokens=trainer.model.config.vision.num_image_tokens,
-            ),
-            pin=trainer.placement.is_cuda,
+    cache = dataset.cache if isinstance(dataset, ConversationDataset) else None
+    ledger = Ledger(
+        len(dataset),
+        max_fraction=options.max_bad_fraction,
+        position=trainer.samples,
+        file=folder / BAD_SAMPLES,
+        source_of=dataset.source_of if isinstance(dataset, ConversationDataset) else str,
+    )
+    read = batches(
+        dataset,
+        indices=_order(options, dataset, trainer.samples),
+        batch_size=options.batch_size,
+        num_workers=options.workers,
+        collate_fn=partial(
+            collate,
+            max_tokens=options.max_tokens,
+            is_fixed=options.compile,
+            is_packed=options.pack,
+            image_size=trainer.model.config.vision.image_size,
+            pad_id=tokenizer.end_of_text_id,
+            image_id=tokenizer.image_id,
+            num_image_tokens=trainer.model.config.vision.num_image_tokens,
         ),
+        pin=trainer.placement.is_cuda,
+        ledger=ledger,
+    )
+    trainer.run(
+        read if cache is None else (cache.fill(batch, trainer.encode) for batch in read),
         progress=progress,
         schedule=partial(cosine, warmup=options.warmup),
         log_every=options.log_every,
@@ -229,13 +291,8 @@ def _order(options: TrainOptions, dataset: SynthDataset | ConversationDataset, d
     """Which examples come, in which order, behind those that are `done`: a function of the seed alone."""
     if isinstance(dataset, SynthDataset):
         return range(done, len(dataset))
-    total = options.steps * options.batch_size
-    size = len(dataset)
-    order: list[int] = []
-    for epoch in range(-(-total // size)):
-        generator = torch.Generator().manual_seed(options.seed + epoch)
-        order += torch.randperm(size, generator=generator).tolist()
-    return order[done:total]
+    weights = [part.weight for part in parse_parts(options.data, options.image_folder) if part.weight is not None]
+    return dataset.order(seed=options.seed, length=options.steps * options.batch_size, weights=weights or None)[done:]
 
 
 def _save(folder: Path, trainer: Trainer, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:

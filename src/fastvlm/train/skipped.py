@@ -1,0 +1,120 @@
+"""Samples that cannot be used: counted, named, skipped at the same position on every run; too many of them end it."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from fastvlm.errors import InputError
+
+BAD_SAMPLES: Final = "bad_samples.jsonl"
+_FIRST_STRETCH: Final = 1000  # positions within which a bad start ends a run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadSample:
+    """A sample that was left out of a batch."""
+
+    index: int
+    """Its number in the data set."""
+    offset: int
+    """Its place among the samples that were drawn for the batch."""
+    reason: str
+    """Where it stands and what is wrong with it, on one line."""
+
+
+class Ledger:
+    """Counts what is skipped, writes it down, and stops the run when it is too much.
+
+    Too much is more than `max_fraction` of the data set, each sample counted once however often it is drawn; or, of a
+    large data set, of what was drawn so far (at least 1,000). Both depend on positions alone, not on batches or
+    processes.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        max_fraction: float,
+        position: int = 0,
+        file: Path | None = None,
+        source_of: Callable[[int], str] = str,
+    ) -> None:
+        """Begin, or go on.
+
+        Args:
+            size: How many samples the data set has.
+            max_fraction: How many of them may be bad, as a share.
+            position: How many samples were drawn before; what `file` says of later ones is dropped.
+            file: Gets a line of JSON for each bad sample, when it is met for the first time.
+            source_of: From a sample's number to what holds it: of each, the first bad sample is logged.
+        """
+        self.size, self.max_fraction, self.position = size, max_fraction, position
+        self._file, self._source_of = file, source_of
+        self._bad: dict[int, str] = {}
+        self._warned: set[str] = set()
+        if file is not None:
+            self._read(file)
+
+    def __len__(self) -> int:
+        """How many different samples were skipped."""
+        return len(self._bad)
+
+    def take(self, num_drawn: int, bad: Sequence[BadSample]) -> None:
+        """Count the samples that were drawn for a batch, and those of them that were left out.
+
+        Raises:
+            InputError: There are too many bad ones.
+        """
+        for sample in bad:
+            if sample.index not in self._bad:
+                self._bad[sample.index] = sample.reason
+                self._write(self.position + sample.offset, sample)
+            drawn = self.position + sample.offset + 1
+            if len(self._bad) > self.max_fraction * min(self.size, max(drawn, _FIRST_STRETCH)):
+                raise InputError(too_many(list(self._bad.values()), min(self.size, drawn), self.max_fraction))
+        self.position += num_drawn
+
+    def _write(self, position: int, sample: BadSample) -> None:
+        source = self._source_of(sample.index)
+        if source not in self._warned:
+            self._warned.add(source)
+            more = f"; others will be in {self._file}" if self._file is not None else ""
+            logger.warning("%s; skipped%s", sample.reason, more)
+        if self._file is not None:
+            row = {"position": position, "index": sample.index, "reason": sample.reason}
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _read(self, path: Path) -> None:
+        """Take up what an earlier part of the run wrote; what comes again, and a line that was cut, are dropped."""
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return
+        kept = []
+        for line in lines:
+            try:
+                row = json.loads(line)
+                position, index, reason = int(row["position"]), int(row["index"]), str(row["reason"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            if position < self.position:
+                self._bad[index] = reason
+                kept.append(line + "\n")
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def too_many(reasons: Sequence[str], num_samples: int, max_fraction: float) -> str:
+    """Say on one line that too many samples are bad, and what is wrong with the first."""
+    return (
+        f"{len(reasons)} of {num_samples} samples cannot be used, more than --max-bad-fraction {max_fraction:g} "
+        f"allows; the first: {reasons[0]}"
+    )
