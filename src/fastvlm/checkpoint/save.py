@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastvlm.checkpoint import huggingface
+from fastvlm.checkpoint import huggingface, timm
 from fastvlm.checkpoint.build import converted, norm_dtype, norm_tensors
 from fastvlm.checkpoint.folder import staged_folder
 from fastvlm.checkpoint.reading import DTYPES, INDEX, SINGLE
 from fastvlm.config import Config
 from fastvlm.errors import CheckpointError
 from fastvlm.model.fastvlm import FastVLM
+from fastvlm.model.vision import FastViTHD
 from fastvlm.prompt import Tokenizer, chat_template
 
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
@@ -99,9 +100,13 @@ def tensor_entries(model: FastVLM, dtype: torch.dtype | None) -> dict[str, Entry
     """
     if model.vision.is_folded:
         raise CheckpointError("the encoder is folded for inference, which cannot be undone; save before folding")
-    norms = norm_tensors(model)
+    return _entries(model, dtype)
+
+
+def _entries(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Entry]:
+    norms = norm_tensors(module)
     entries = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in module.state_dict().items():
         target = norm_dtype(dtype) if name in norms else dtype
         if not tensor.is_floating_point():
             if not name.endswith(".num_batches_tracked"):
@@ -109,6 +114,28 @@ def tensor_entries(model: FastVLM, dtype: torch.dtype | None) -> dict[str, Entry
             target = torch.int64
         entries[name] = _entry(name, tensor, target or tensor.dtype)
     return entries
+
+
+def write_encoder(place: Path, encoder: FastViTHD, *, dtype: torch.dtype | None = None) -> None:
+    """Write a vision encoder alone into a folder, as timm names and describes it.
+
+    Args:
+        place: Where `model.safetensors` and `config.json` go.
+        encoder: In its stored form.
+        dtype: What weights are converted to; None keeps each as it is. BatchNorm stays in float32.
+
+    Raises:
+        CheckpointError: The encoder is folded for inference.
+    """
+    if encoder.is_folded:
+        raise CheckpointError("the encoder is folded for inference, which cannot be undone; save before folding")
+    entries = _entries(encoder, dtype)
+    if (head := entries.pop("head.proj", None)) is not None:
+        in_dim, out_dim = head.shape
+        entries["head.fc.weight"] = Entry((out_dim, in_dim), head.dtype, lambda: head.make().T)
+        entries["head.fc.bias"] = Entry((out_dim,), head.dtype, lambda: torch.zeros(out_dim, dtype=head.dtype))
+    write_weights(place, entries)
+    write_json(place / "config.json", timm.encoder_config(encoder.config))
 
 
 def _entry(name: str, tensor: Tensor, dtype: torch.dtype) -> Entry:

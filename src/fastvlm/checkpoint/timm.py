@@ -1,10 +1,11 @@
 """Names of the vision encoder: Apple's and MobileCLIP's against timm's, which are ours."""
 
 import re
-from typing import Final
+from typing import Any, Final
 
 from fastvlm.checkpoint.reading import Weights
 from fastvlm.checkpoint.translate import Parts, Source, plain_source
+from fastvlm.config import VisionConfig
 from fastvlm.errors import CheckpointError
 
 # Apple numbers everything between stem and head in one row; both attention stages have a positional encoding.
@@ -108,6 +109,28 @@ def translate_encoder(weights: Weights) -> Parts:
         else:
             parts.put(f"vision.{name}", plain_source(weights, stored_name))
     return parts
+
+
+def encoder_config(config: VisionConfig) -> dict[str, Any]:
+    """What timm calls this encoder, and the pictures that it sees: in [0, 1], neither shifted nor scaled."""
+    return {
+        "architecture": "fastvit_mci3",
+        "num_classes": config.clip_dim or 0,
+        "num_features": config.out_dim,
+        "model_args": {
+            "embed_dims": list(config.dims),
+            "inference_mode": config.is_reparameterised,
+            "layers": list(config.depths),
+            "mlp_ratios": [config.mlp_ratio] * len(config.dims),
+        },
+        "pretrained_cfg": {
+            "input_size": [3, config.image_size, config.image_size],
+            "interpolation": "bicubic",
+            "mean": [0.0, 0.0, 0.0],
+            "std": [1.0, 1.0, 1.0],
+            "classifier": "head.fc",
+        },
+    }
 
 
 def _transposed(source: Source) -> Source:

@@ -46,11 +46,15 @@ VERBS = {
     "export": Verb("write a model for ONNX, OpenVINO, Core ML, MLX", "ExportOptions", "fastvlm.cli.export:run"),
     "push": Verb("send a checkpoint to the Hugging Face hub", "PushOptions", "fastvlm.cli.push:run"),
     "train": Verb("train a model", "TrainOptions", "fastvlm.cli.train:run"),
+    "pretrain": Verb("pretrain an encoder (stage 0)", "PretrainOptions", "fastvlm.cli.train:pretrain"),
     "eval": Verb("measure a model", "EvalOptions", "fastvlm.cli.evaluate:run"),
     "data assets": Verb("fetch the fonts and emoji of nano's pictures", "DataAssetsOptions", "fastvlm.cli.data:assets"),
     "data synth": Verb("draw nano's pictures and questions", "DataSynthOptions", "fastvlm.cli.data:synth"),
     "doctor": Verb("check that this machine is ready", "DoctorOptions", "fastvlm.cli.doctor:run"),
 }
+
+LAYERED = ("train", "pretrain")
+"""Verbs whose options may also come from a file and from a stage."""
 
 
 class _Terminated(BaseException):
@@ -97,6 +101,8 @@ def _dispatch(args: Sequence[str], output: Output) -> None:
     if name not in VERBS:
         output.write(_help(name))
         return
+    if name in LAYERED:
+        name, rest = importlib.import_module("fastvlm.cli.layers").resolve(name, rest)
     verb = VERBS[name]
     flags = importlib.import_module("fastvlm.cli.flags")
     kind = getattr(importlib.import_module("fastvlm.options"), verb.options)
