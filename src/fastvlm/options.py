@@ -198,7 +198,9 @@ class TrainOptions:
         if "lora" in learning and self.model == FRESH:
             raise InputError("low-rank updates (lora) need a --model with weights to update")
         if self.learn_language == "full" and "lora" in learning:
-            raise InputError("with a language model that learns in full there is no small adapter; let it learn by lora")
+            raise InputError(
+                "with a language model that learns in full there is no small adapter; let it learn by lora"
+            )
         if self.batch_norm == "learning" and self.learn_vision == "frozen":
             raise InputError("--batch-norm learning does not go together with --learn-vision frozen")
         if (self.encoder is None) != (self.language is None):
@@ -679,6 +681,55 @@ class DataAssetsOptions:
     """Maintenance: after a version in src/fastvlm/synth/assets.json was changed, write each package's sha256 there."""
     quiet: bool = False
     """No progress lines."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheckOptions:
+    """Show samples as a model will see them, what is learned of them and what is not, and count what is wrong.
+
+    The flags are those of `fastvlm train`. Exit status 2 when more than --max-bad-fraction cannot be used.
+    """
+
+    data: tuple[str, ...]
+    """A file or folder of samples (docs/data.md), as NAME or NAME:WEIGHT; give it again for more."""
+    image_folder: tuple[str, ...] = TrainOptions.image_folder
+    """Where the pictures that the files name are; one for all --data, or one for each."""
+    allow_absolute_paths: bool = False
+    """Let rows name pictures by their whole path, anywhere on this machine."""
+    caption_prompt: str = CAPTION_PROMPT
+    """What is asked about pictures that have only a caption."""
+    max_bad_fraction: float = TrainOptions.max_bad_fraction
+    """Share of samples that may be unusable."""
+    max_tokens: int = TrainOptions.max_tokens
+    """Positions of a row, image embeddings included; longer samples cannot be used."""
+    model: str = "nano"
+    """Whose tokenizer and picture size: short name, hub id, or a folder with a checkpoint."""
+    image_size: int | None = None
+    """Side of the square that the encoder sees; by default what the model says."""
+    show: tuple[int, ...] = ()
+    """Show the sample of this number, counted from 0 through all data; give it again for more. By default 3 of them."""
+    limit: int | None = None
+    """Check at most so many samples, spread over all."""
+    skip_pictures: bool = False
+    """See only that the pictures are there, without decoding them."""
+    workers: int = TrainOptions.workers
+    """Processes that read; 0 reads in the main one."""
+    json: bool = False
+    """Print one JSON object instead of the text."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def __post_init__(self) -> None:
+        """Check each number's range.
+
+        Raises:
+            InputError: A value is out of its range.
+        """
+        ranges = {"max_tokens": (1, 1_000_000), "workers": (0, 1024), "limit": (1, 10**9), "max_bad_fraction": (0, 1)}
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise InputError(f"{name} must be between {low} and {high}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,7 @@ VERBS = {
     "eval": Verb("measure a model", "EvalOptions", "fastvlm.cli.evaluate:run"),
     "data assets": Verb("fetch the fonts and emoji of nano's pictures", "DataAssetsOptions", "fastvlm.cli.data:assets"),
     "data synth": Verb("draw nano's pictures and questions", "DataSynthOptions", "fastvlm.cli.data:synth"),
+    "data check": Verb("show and count what training would learn", "DataCheckOptions", "fastvlm.cli.data:check"),
     "doctor": Verb("check that this machine is ready", "DoctorOptions", "fastvlm.cli.doctor:run"),
 }
 

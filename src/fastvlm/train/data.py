@@ -236,7 +236,8 @@ def _collate_caught(
         return error
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Let a worker process leave Ctrl-C to the main one, and compute with one thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears Ctrl-C too, and ends the workers
     torch.set_num_threads(1)
 
@@ -279,12 +280,12 @@ def batches(  # noqa: PLR0913  (how to read, in what order, in how many processe
         collate_fn=partial(_collate_caught, collate_fn=collate_fn),
         drop_last=True,
         pin_memory=pin,
-        worker_init_fn=_start_worker if num_workers else None,
+        worker_init_fn=start_worker if num_workers else None,
         prefetch_factor=2 if num_workers else None,
         persistent_workers=False,
         timeout=timeout if num_workers else 0,
     )
-    for item in _alive(loader):
+    for item in alive(loader):
         if isinstance(item, FastVLMError):
             raise item
         if ledger is not None:
@@ -294,8 +295,12 @@ def batches(  # noqa: PLR0913  (how to read, in what order, in how many processe
         yield item
 
 
-def _alive(loader: DataLoader[Any]) -> Iterator[Batch | FastVLMError]:
-    """Say in one line what became of a worker process that the loader waits for in vain."""
+def alive(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Give what a loader gives.
+
+    Raises:
+        FastVLMError: One of its worker processes died or hangs.
+    """
     iterator = iter(loader)
     while True:
         try:
