@@ -302,6 +302,69 @@ class PretrainOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchTrainOptions:
+    """Time one step of training on the CPU, beside transformers' where an interpreter with it is named.
+
+    Both programs take the same weights and the same batch, in turns, in processes of their own.
+    """
+
+    model: str = "nano"
+    """A checkpoint; 0.5b, 1.5b and 7b are written with random weights, which take as long as real ones."""
+    image_size: int = 512
+    """Side of the pictures."""
+    batch_size: int = 4
+    """Rows, each with one picture."""
+    text_tokens: int = 64
+    """Positions of text in a row."""
+    learned_tokens: int = 32
+    """How many of them, at the end, are learned."""
+    learn: Literal["full", "lora"] = "full"
+    """All of the model; or the projector, and updates of rank 16 in the language model."""
+    checkpoint_activations: bool = False
+    """Compute activations again instead of keeping them."""
+    steps: int = 3
+    """Steps a round that are timed, behind one that is not."""
+    rounds: int = 3
+    """How often each program runs."""
+    threads: int = 2
+    """Of each program."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Format of the arithmetic."""
+    rival_python: str | None = None
+    """An interpreter that has torch, transformers 5 and timm; without one, only ours is timed."""
+    output: str | None = None
+    """Write the results to this JSON file."""
+    quiet: bool = False
+    """No progress lines."""
+
+    def __post_init__(self) -> None:
+        """Check each number's range.
+
+        Raises:
+            InputError: A value is out of its range, or two contradict each other.
+        """
+        ranges = {
+            "image_size": (1, 16_384),
+            "batch_size": (1, 100_000),
+            "text_tokens": (4, 100_000),
+            "learned_tokens": (1, 100_000),
+            "steps": (1, 10_000),
+            "rounds": (1, 1000),
+            "threads": (1, 4096),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise InputError(f"{name} must be a whole number between {low} and {high}, got {value!r}")
+        if 2 * self.learned_tokens > self.text_tokens:
+            raise InputError(
+                f"learned_tokens ({self.learned_tokens}) must be at most half of text_tokens ({self.text_tokens})"
+            )
+        if self.rival_python is not None and self.learn == "lora":
+            raise InputError("--learn lora is ours alone; leave --rival-python out")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
     """How an answer is written; the defaults are greedy."""
 
@@ -580,8 +643,9 @@ class ExportOptions:
     that docs/export.md names."""
     image_size: int | None = None
     """Side in pixels of the square that the encoder sees; by default what the model says."""
-    batch: Literal["1", "dynamic"] = "dynamic"
-    """Whether the encoder takes one picture or any number at once, where the format allows it."""
+    batch: Literal["1", "dynamic"] | None = None
+    """Whether the encoder takes one picture or several at once; by default one in coreml, whose Neural Engine wants
+    fixed shapes, and any number elsewhere."""
     with_projector: bool = False
     """Put the projector behind the encoder of coreml, whose readers expect features; other formats have it there."""
     pictures: int | None = None

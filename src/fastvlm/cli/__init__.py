@@ -48,6 +48,7 @@ VERBS = {
     "train": Verb("train a model", "TrainOptions", "fastvlm.cli.train:run"),
     "pretrain": Verb("pretrain an encoder (stage 0)", "PretrainOptions", "fastvlm.cli.train:pretrain"),
     "eval": Verb("measure a model", "EvalOptions", "fastvlm.cli.evaluate:run"),
+    "bench train": Verb("time a step of training", "BenchTrainOptions", "fastvlm.cli.bench:train"),
     "data assets": Verb("fetch the fonts and emoji of nano's pictures", "DataAssetsOptions", "fastvlm.cli.data:assets"),
     "data synth": Verb("draw nano's pictures and questions", "DataSynthOptions", "fastvlm.cli.data:synth"),
     "data check": Verb("show and count what training would learn", "DataCheckOptions", "fastvlm.cli.data:check"),

@@ -1,0 +1,85 @@
+"""What a measurement must say beside its numbers: the command, the code, the machine, and how busy it was."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from fastvlm.device import describe
+from fastvlm.errors import InputError
+
+_PACKAGES: Final = ("fastvlm", "torch", "numpy", "pillow", "tokenizers", "safetensors")
+
+
+def facts(command: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """Say what was run, of which code, on what."""
+    return {
+        "command": " ".join(f"'{word}'" if " " in word else word for word in command),
+        "commit": commit(),
+        "machine": describe(device),
+        "processor": processor(),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": versions(),
+    }
+
+
+def commit() -> str:
+    """Name the state of the code, where git knows it; `unknown` for an installed package."""
+    try:
+        asked = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return "unknown"
+    return asked.stdout.strip() or "unknown"
+
+
+def processor() -> str:
+    """Name the processor as its maker does, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide how fast it is."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def load_average() -> list[float] | None:
+    """How busy the machine is with this and with other work; times mean little where others work."""
+    return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,146 @@
+"""`fastvlm bench train`: one step of training, ours beside transformers', on the same weights and the same batch.
+
+Ours is the step of `fastvlm train`; theirs is transformers' `fast_vlm` in the loop of its Trainer. Both are programs
+that run in turns. They must agree about the loss, or what is compared is not the same.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import save_file
+
+from fastvlm.benchmark.record import facts, load_average, write_results
+from fastvlm.benchmark.turns import median, take_turns
+from fastvlm.checkpoint.create import init_checkpoint
+from fastvlm.checkpoint.load import load
+from fastvlm.checkpoint.zoo import resolve
+from fastvlm.errors import InputError
+from fastvlm.options import BenchTrainOptions
+from fastvlm.prompt import IGNORE
+
+RIVAL: Final = Path(__file__).with_name("rival_train.py")
+_RANDOM: Final = ("0.5b", "1.5b", "7b")  # models whose random weights take as long as real ones
+_AGREE: Final = 2e-3  # relative difference of the first losses, in float32
+
+
+def run(
+    options: BenchTrainOptions, *, ours: Sequence[str], command: Sequence[str], report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure; return what was found, and write it where the options say.
+
+    Args:
+        options: What to measure.
+        ours: The program that times our step.
+        command: How the user asked for this, for the record.
+        report: Takes a line as each round ends.
+
+    Raises:
+        InputError: A program cannot be run, or the two do not compute the same loss.
+    """
+    before = load_average()
+    with tempfile.TemporaryDirectory(prefix="fastvlm-bench-") as scratch:
+        folder = _folder(options, Path(scratch))
+        batch = Path(scratch) / "batch.safetensors"
+        save_file(make_batch(options, folder), batch)
+        programs = {"fastvlm": [*ours, *_arguments(options, folder, batch)]}
+        if options.rival_python is not None:
+            programs["transformers"] = [options.rival_python, str(RIVAL), *_arguments(options, folder, batch)]
+
+        def told(name: str, result: dict[str, Any]) -> None:
+            times = ", ".join(f"{seconds:.2f}" for seconds in result["seconds"])
+            report(
+                f"{name:<13} {times} s a step; peak {result['peak_bytes'] / 1e9:.2f} GB; loss {result['losses'][0]:.4f}"
+            )
+
+        rounds = take_turns(
+            programs,
+            rounds=options.rounds,
+            environment={"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"},
+            report=told,
+        )
+    _compare(rounds, options)
+    rows = {name: _summary(found, options) for name, found in rounds.items()}
+    results = {
+        **facts(command, torch.device("cpu")),
+        "load_average": {"before": before, "after": load_average()},
+        "settings": {
+            "model": options.model,
+            "image_size": options.image_size,
+            "batch_size": options.batch_size,
+            "text_tokens": options.text_tokens,
+            "learned_tokens": options.learned_tokens,
+            "learn": options.learn,
+            "checkpoint_activations": options.checkpoint_activations,
+            "dtype": options.dtype,
+            "threads": options.threads,
+            "optimizer": "AdamW, gradient clipped at norm 1, BatchNorm's statistics frozen",
+            "rounds": options.rounds,
+            "steps_a_round": options.steps,
+        },
+        "results": rows,
+    }
+    if "transformers" in rows:
+        results["ratio"] = round(rows["transformers"]["seconds_a_step"] / rows["fastvlm"]["seconds_a_step"], 3)
+    if options.output is not None:
+        write_results(Path(options.output), results)
+    return results
+
+
+def make_batch(options: BenchTrainOptions, folder: Path) -> dict[str, torch.Tensor]:
+    """Draw one batch from a seed: a picture, then text, in each row; the text's end is learned.
+
+    Returns:
+        `pixels` `(B, 3, H, W)`, uint8; `token_ids` and `labels` `(B, T)`.
+    """
+    checkpoint = load(folder)
+    generator = torch.Generator().manual_seed(0)
+    stride = checkpoint.model.config.vision.stride
+    if options.image_size % stride:
+        raise InputError(f"image_size must be a multiple of {stride}, got {options.image_size}")
+    num_image_tokens = (options.image_size // stride) ** 2
+    size = (options.batch_size, 3, options.image_size, options.image_size)
+    words = torch.randint(0, 256, (options.batch_size, options.text_tokens), generator=generator)  # single bytes
+    slots = torch.full((options.batch_size, num_image_tokens), checkpoint.tokenizer.image_id)
+    half = (options.text_tokens - options.learned_tokens) // 2
+    token_ids = torch.cat([words[:, :half], slots, words[:, half:]], dim=1)
+    labels = token_ids.clone()
+    labels[:, : token_ids.shape[1] - options.learned_tokens] = IGNORE
+    return {
+        "pixels": torch.randint(0, 256, size, generator=generator, dtype=torch.uint8),
+        "token_ids": token_ids,
+        "labels": labels,
+    }
+
+
+def _folder(options: BenchTrainOptions, scratch: Path) -> Path:
+    if options.model in _RANDOM:
+        return init_checkpoint(options.model, 0, scratch / "model", dtype=torch.float32)
+    return resolve(options.model)
+
+
+def _arguments(options: BenchTrainOptions, folder: Path, batch: Path) -> list[str]:
+    words = [str(folder), str(batch), "--steps", str(options.steps), "--dtype", options.dtype, "--learn", options.learn]
+    return [*words, "--checkpoint-activations"] if options.checkpoint_activations else words
+
+
+def _compare(rounds: dict[str, list[dict[str, Any]]], options: BenchTrainOptions) -> None:
+    first = {name: found[0]["losses"][0] for name, found in rounds.items()}
+    if len(first) == 2 and options.dtype == "float32":
+        ours, theirs = first.values()
+        if abs(ours - theirs) > _AGREE * abs(theirs):
+            raise InputError(f"the first losses are {first}; the two programs do not compute the same")
+
+
+def _summary(rounds: list[dict[str, Any]], options: BenchTrainOptions) -> dict[str, Any]:
+    seconds = median(rounds, "seconds")
+    return {
+        "seconds_a_step": round(seconds, 4),
+        "samples_per_second": round(options.batch_size / seconds, 3),
+        "peak_gb": round(max(one["peak_bytes"] for one in rounds) / 1e9, 3),
+        "first_loss": rounds[0]["losses"][0],
+        "all_seconds": [[round(value, 4) for value in one["seconds"]] for one in rounds],
+        "versions": rounds[0]["versions"],
+    }

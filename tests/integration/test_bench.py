@@ -1,0 +1,150 @@
+"""`fastvlm bench`: programs in turns, a step of training by the clock, and a record of how it was measured."""
+
+import json
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastvlm.benchmark.record import write_results
+from fastvlm.benchmark.train import make_batch, run
+from fastvlm.benchmark.turns import median, take_turns
+from fastvlm.cli import main
+from fastvlm.errors import InputError
+from fastvlm.options import BenchTrainOptions
+from fastvlm.prompt import IGNORE
+from fastvlm.train.timed import time_steps
+
+TINY = Path(__file__).parents[1] / "goldens" / "hf_tiny"
+RIVAL = os.environ.get("FASTVLM_ORACLE_PYTHON")
+SMALL = {"model": str(TINY), "image_size": 64, "batch_size": 2, "text_tokens": 16, "learned_tokens": 4, "steps": 1}
+
+
+def program(code):
+    return [sys.executable, "-I", "-S", "-c", code]
+
+
+def test_programs_take_turns_and_each_round_turns_the_order_around():
+    told = []
+    programs = {name: program(f"print('noise'); print('{{\"seconds\": [{i}, 3]}}')") for i, name in enumerate("ab")}
+
+    found = take_turns(programs, rounds=2, environment={}, report=lambda name, _: told.append(name))
+
+    assert told == ["a", "b", "b", "a"]
+    assert found["b"] == [{"seconds": [1, 3]}, {"seconds": [1, 3]}]
+    assert median(found["b"], "seconds") == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (program("import sys; sys.exit('no such model')"), "ended with status 1: no such model"),
+        (program("print('hello')"), "it printed no result"),
+        (program("print('[1]')"), "it printed no result"),
+        (["/no/such/python"], "cannot be run"),
+    ],
+)
+def test_a_program_that_fails_is_one_line(command, words):
+    with pytest.raises(InputError, match=words):
+        take_turns({"a": command}, rounds=1, environment={}, report=lambda *_: None)
+
+
+def test_a_batch_has_a_picture_in_each_row_and_learns_the_end_of_it():
+    options = BenchTrainOptions(**SMALL)
+
+    batch = make_batch(options, TINY)
+
+    learned = batch["labels"] != IGNORE
+    assert batch["pixels"].shape == (2, 3, 64, 64)
+    assert batch["token_ids"].shape == (2, 16 + 1)
+    assert learned.sum(1).tolist() == [4, 4]
+    assert learned[:, -4:].all()
+    with pytest.raises(InputError, match="multiple of 64"):
+        make_batch(BenchTrainOptions(**SMALL | {"image_size": 100}), TINY)
+
+
+@pytest.mark.parametrize("learn", ["full", "lora"])
+def test_a_timed_step_learns(learn, tmp_path):
+    save_file(make_batch(BenchTrainOptions(**SMALL), TINY), tmp_path / "batch.safetensors")
+    how = Namespace(steps=3, dtype="float32", learn=learn, checkpoint_activations=learn == "full")
+
+    result = time_steps(TINY, tmp_path / "batch.safetensors", how)
+
+    assert len(result["seconds"]) == 3
+    assert len(result["losses"]) == 4
+    assert result["losses"][-1] < result["losses"][0]
+
+
+@pytest.mark.slow
+def test_the_command_measures_and_says_how_to_repeat_it(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "deep" / "train.json"
+    args = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    command = ["bench", "train", *args, "--rounds", "1", "--output", str(out)]
+    monkeypatch.setattr(sys, "argv", ["fastvlm", *command])
+
+    status = main(command)
+
+    record = json.loads(out.read_text())
+    assert status == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.startswith("fastvlm ")
+    assert record["command"].startswith("fastvlm bench train --model=")
+    assert {"commit", "machine", "load_average", "settings"} <= record.keys()
+    assert record["results"]["fastvlm"]["seconds_a_step"] > 0
+    assert "ratio" not in record
+
+
+@pytest.mark.oracle
+@pytest.mark.skipif(not RIVAL, reason="FASTVLM_ORACLE_PYTHON names no interpreter with transformers")
+def test_transformers_takes_the_same_step():
+    options = BenchTrainOptions(**SMALL, rounds=1, rival_python=RIVAL)
+
+    results = run(options, ours=[sys.executable, "-m", "fastvlm.train.timed"], command=["x"], report=lambda _: None)
+
+    assert results["ratio"] > 0
+    losses = [row["first_loss"] for row in results["results"].values()]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=0)
+
+
+def test_programs_that_do_not_compute_the_same_are_not_compared(tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    other.write_text(
+        f'#!{sys.executable} -S\nprint(\'{{"seconds": [1], "losses": [7.5], "peak_bytes": 1, "versions": {{}}}}\')\n'
+    )
+    other.chmod(0o755)
+    ours = program('print(\'{"seconds": [1], "losses": [7.6], "peak_bytes": 1, "versions": {}}\')')
+
+    with pytest.raises(InputError, match="do not compute the same"):
+        run(
+            BenchTrainOptions(**SMALL, rounds=1, rival_python=str(other)),
+            ours=ours,
+            command=["x"],
+            report=lambda _: None,
+        )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"image_size": 0},
+        {"batch_size": 0},
+        {"steps": 0},
+        {"rounds": 0},
+        {"threads": 0},
+        {"text_tokens": 8, "learned_tokens": 5},
+        {"learn": "lora", "rival_python": "python"},
+    ],
+)
+def test_settings_out_of_range_are_refused(values):
+    with pytest.raises(InputError):
+        BenchTrainOptions(**values)
+
+
+def test_results_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(InputError, match="cannot be written"):
+        write_results(tmp_path / "file" / "train.json", {})
