@@ -114,7 +114,7 @@ def _write_apple(
         entries = entries | {_HEAD: entries[_EMBEDDING]}  # Apple's own folders hold it twice
     write_weights(place, {apple.to_apple(name): entry for name, entry in entries.items()}, max_shard_bytes)
     tokenizer.write(place, with_image=False, with_vocab=True, max_length=_max_length(config))
-    write_json(place / "config.json", _apple_config(config, tokenizer, main_dtype(entries)))
+    write_json(place / "config.json", apple_config(config, tokenizer, main_dtype(entries)))
     write_generation_config(place, tokenizer, config.language.vocab_size)
 
 
@@ -134,7 +134,7 @@ def _write_mlx(
     write_weights(place, stored, max_shard_bytes, kind="mlx")
     tokenizer.write(place, with_image=False, with_vocab=True, max_length=_max_length(config))
     (place / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
-    raw = _apple_config(config, tokenizer, main_dtype(entries))
+    raw = apple_config(config, tokenizer, main_dtype(entries))
     text_config = {key: value for key, value in raw.items() if key not in ("architectures", "image_token_index")}
     vision_config = {
         "hidden_size": 1024,
@@ -163,7 +163,8 @@ def _max_length(config: Config) -> int:
     return min(MAX_LENGTH, config.language.max_positions)
 
 
-def _apple_config(config: Config, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
+def apple_config(config: Config, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
+    """What `config.json` says in Apple's layout, which its app and transformers.js read too."""
     language = config.language
     return {
         "architectures": ["LlavaQwen2ForCausalLM"],

@@ -90,6 +90,8 @@ class Tolerance:
     """Least cosine between what the encoder makes of a picture and what eager makes, both flattened."""
     logits: float | None = None
     """Largest difference of logits, as a share of the largest one."""
+    logits_cosine: float | None = None
+    """Least cosine between the logits along an answer, flattened, and eager's."""
     texts: float | None = None
     """Least share of equal greedy answers."""
 

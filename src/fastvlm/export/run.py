@@ -39,7 +39,7 @@ from fastvlm.device import available_memory_bytes
 from fastvlm.errors import ExportError, InputError
 from fastvlm.export.manifest import MANIFEST, PARITY, is_of_export, write_manifest
 from fastvlm.export.parts import Request, Source
-from fastvlm.export.verify import compare, draw_pictures, summarise
+from fastvlm.export.verify import MANY_PARAMETERS, compare, draw_pictures, summarise
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.options import ExportOptions
 
@@ -51,7 +51,7 @@ FORMATS: Final = {
     "mlx": "fastvlm.export.mlx",
     "ios-bundle": "fastvlm.export.ios_bundle",
 }
-_MANY_PARAMETERS: Final = 100_000_000  # above it the default report compares two pictures: each takes many seconds
+_FIXED: Final = ("coreml", "ios-bundle")  # formats that take one picture unless asked otherwise
 _FLOAT32_COPIES: Final = 2.5  # eager, what is being written, and what runs it
 
 
@@ -114,7 +114,7 @@ def _request(options: ExportOptions, source: Source, module: ModuleType) -> Requ
     return Request(
         precisions=precisions,
         image_size=source.config.vision.image_size,
-        has_dynamic_batch=options.batch == "dynamic",
+        has_dynamic_batch=(options.batch or ("1" if options.format in _FIXED else "dynamic")) == "dynamic",
         with_projector=options.with_projector or options.format != "coreml",
     )
 
@@ -142,7 +142,7 @@ def _compare(  # noqa: PLR0913
     options: ExportOptions,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    count = options.pictures or (2 if source.num_parameters > _MANY_PARAMETERS else 20)
+    count = options.pictures or (2 if source.num_parameters > MANY_PARAMETERS else 20)
     pictures = draw_pictures(count)
     reports = []
     for precision in request.precisions:
