@@ -1,4 +1,4 @@
-"""What `fastvlm data check` finds: samples as the model will see them, and counts of what is right and what is wrong."""
+"""What `fastvlm data check` finds: samples as the model will see them, and counts of what is right and wrong."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
