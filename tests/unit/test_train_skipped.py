@@ -136,6 +136,17 @@ def test_C6_too_many_bad_samples_end_the_run_and_the_first_is_named(checkpoint, 
     assert list(read(checkpoint, dataset, range(40), ledger=ledger_of(dataset, tmp_path, max_fraction=0.1)))
 
 
+def test_C6_processes_that_share_an_order_write_the_positions_of_the_whole(tmp_path):
+    places = [0, 1, 4, 5, 8, 9]  # of the first of two processes, two samples of each step of four
+    ledger = Ledger(100, max_fraction=1, position=40, file=tmp_path / "bad.jsonl", place=places.__getitem__)
+
+    ledger.take(2, [bad(7, offset=1)])
+    ledger.take(2, [bad(8, offset=0)])
+
+    assert [json.loads(line)["position"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == [41, 44]
+    assert ledger.position == 48
+
+
 def bad(index, offset=0):
     return BadSample(index=index, offset=offset, reason=f"sample {index} is bad")
 

@@ -44,18 +44,21 @@ class Ledger:
         position: int = 0,
         file: Path | None = None,
         source_of: Callable[[int], str] = str,
+        place: Callable[[int], int] = lambda number: number,
     ) -> None:
         """Begin, or go on.
 
         Args:
             size: How many samples the data set has.
             max_fraction: How many of them may be bad, as a share.
-            position: How many samples were drawn before; what `file` says of later ones is dropped.
+            position: How many samples of the order were drawn before; what `file` says of later ones is dropped.
             file: Gets a line of JSON for each bad sample, when it is met for the first time.
             source_of: From a sample's number to what holds it: of each, the first bad sample is logged.
+            place: From how many samples this process has drawn to how many of the order were, where several processes
+                share one; each then counts its own.
         """
-        self.size, self.max_fraction, self.position = size, max_fraction, position
-        self._file, self._source_of = file, source_of
+        self.size, self.max_fraction, self._begin, self._drawn = size, max_fraction, position, 0
+        self._file, self._source_of, self._place = file, source_of, place
         self._bad: dict[int, str] = {}
         self._warned: set[str] = set()
         if file is not None:
@@ -65,6 +68,11 @@ class Ledger:
         """How many different samples were skipped."""
         return len(self._bad)
 
+    @property
+    def position(self) -> int:
+        """How many samples of the order were drawn."""
+        return self._begin + self._place(self._drawn)
+
     def take(self, num_drawn: int, bad: Sequence[BadSample]) -> None:
         """Count the samples that were drawn for a batch, and those of them that were left out.
 
@@ -72,13 +80,14 @@ class Ledger:
             InputError: There are too many bad ones.
         """
         for sample in bad:
+            position = self._begin + self._place(self._drawn + sample.offset)
             if sample.index not in self._bad:
                 self._bad[sample.index] = sample.reason
-                self._write(self.position + sample.offset, sample)
-            drawn = self.position + sample.offset + 1
+                self._write(position, sample)
+            drawn = position + 1
             if len(self._bad) > self.max_fraction * min(self.size, max(drawn, _FIRST_STRETCH)):
                 raise InputError(too_many(list(self._bad.values()), min(self.size, drawn), self.max_fraction))
-        self.position += num_drawn
+        self._drawn += num_drawn
 
     def _write(self, position: int, sample: BadSample) -> None:
         source = self._source_of(sample.index)
@@ -104,12 +113,17 @@ class Ledger:
                 position, index, reason = int(row["position"]), int(row["index"]), str(row["reason"])
             except (ValueError, KeyError, TypeError):
                 continue
-            if position < self.position:
+            if position < self._begin:
                 self._bad[index] = reason
                 kept.append(line + "\n")
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)
+
+
+def bad_samples_of(rank: int) -> str:
+    """Name the file of one of several processes."""
+    return BAD_SAMPLES if rank == 0 else BAD_SAMPLES.replace(".", f".{rank}.")
 
 
 def too_many(reasons: Sequence[str], num_samples: int, max_fraction: float) -> str:
