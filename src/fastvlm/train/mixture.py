@@ -40,7 +40,7 @@ def parse_parts(data: Sequence[str], image_folders: Sequence[str]) -> list[Part]
         InputError: There is nothing, a weight is not above 0, some have weights and some not, or the numbers differ.
     """
     if not data:
-        raise InputError("no data; name at least one file or folder")
+        raise InputError("no data; name a file or a folder with --data")
     folders = list(image_folders) * (len(data) if len(image_folders) == 1 else 1)
     if len(folders) != len(data):
         raise InputError(

@@ -36,7 +36,7 @@ class Ledger:
     processes.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (what is counted, and what is told)
         self,
         size: int,
         *,
