@@ -254,6 +254,10 @@ class Tokenizer:
             _check_id(backend, token["content"], token["id"], origin)
         return cls(backend, origin=origin)
 
+    def to_json(self) -> str:
+        """Return the content of a `tokenizer.json`, as it was read."""
+        return self._backend.to_str()
+
     def encode_text(self, text: str) -> list[int]:
         """Turn typed text into ids; `<|im_end|>`, `<image>` and the like are letters here, never control tokens."""
         if len(text) > MAX_TEXT_CHARS:

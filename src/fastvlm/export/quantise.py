@@ -13,6 +13,7 @@ from fastvlm.export.parts import needs
 
 BLOCK: Final = 32  # inputs that share a scale
 _SHRINK: Final = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a block's range, tried for the least squared error
+_SMALL: Final = 2**16  # weights of a kernel
 _ROWS: Final = 4096  # quantised at once, to bound the memory
 _MICROSOFT: Final = "com.microsoft"
 
@@ -22,12 +23,18 @@ Array = NDArray[Any]
 
 
 def convolutions(model: Graph) -> None:
-    """Store each convolution and matrix as int8, one scale an output channel.
+    """Store each large convolution and matrix as int8, one scale an output channel.
 
-    ONNX Runtime multiplies them in floating point: `DequantizeLinear` stands before each.
+    Depthwise and small kernels are stored as float16: they hold little, and int8 costs them most. ONNX Runtime
+    multiplies all in floating point: `DequantizeLinear` or `Cast` stands before each.
     """
+    (ir,) = needs("onnx", "onnx_ir")
     for node in list(model.graph):
         if node.op_type not in ("Conv", "MatMul") or (weight := _constant(node)) is None:
+            continue
+        if weight.size < _SMALL or (node.op_type == "Conv" and weight.shape[1] == 1):
+            narrow = _put(model, f"{node.inputs[1].name}_fp16", weight.astype(np.float16))
+            _insert(model, node, "Cast", [narrow], {"to": ir.DataType.from_numpy(weight.dtype).value})
             continue
         axis = 0 if node.op_type == "Conv" else 1
         others = tuple(other for other in range(weight.ndim) if other != axis)
