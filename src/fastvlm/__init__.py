@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ExportError,
         FastVLMError,
         InputError,
+        TrainingError,
     )
     from fastvlm.model.fastvlm import FastVLM
     from fastvlm.options import GenerationOptions, ImageOptions
@@ -47,6 +48,7 @@ __all__ = [
     "InputError",
     "Predictor",
     "Timings",
+    "TrainingError",
     "load",
 ]
 
@@ -61,6 +63,7 @@ _HOMES = {
         "ExportError",
         "FastVLMError",
         "InputError",
+        "TrainingError",
     ),
     "fastvlm.model.fastvlm": ("FastVLM",),
     "fastvlm.options": ("GenerationOptions", "ImageOptions"),

@@ -2,12 +2,14 @@
 
 import platform
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastvlm.errors import DeviceError
 
@@ -106,6 +108,35 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """Return where PyTorch's random numbers stand, of the CPU and of a GPU in use."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device.index or 0))
+    return states
+
+
+def set_random_state(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Go on with the random numbers of `random_state`; those of a device that is not here are left out."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device.index or 0)
+
+
+def matrix_flops_per_second(placement: Placement, seconds: float = 0.05) -> float:
+    """Measure how fast the device multiplies two large matrices: what other speeds are compared with."""
+    side = 8192 if placement.device.type == "cuda" else 1024
+    left = torch.ones(side, side, dtype=placement.dtype, device=placement.device)
+    best, ends = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < ends:
+        synchronize(placement.device)
+        started = time.perf_counter()
+        torch.mm(left, left)
+        synchronize(placement.device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best
 
 
 def peak_memory_bytes() -> int | None:

@@ -6,6 +6,7 @@ FastVLMError
 ├── InputError         an image, a prompt or an option that cannot be used
 │   └── ContextError   prompt and image do not fit the context window
 ├── ExportError        an export cannot be made here, or what was written does not compute what the model computes
+├── TrainingError      a run cannot go on: no finite numbers, a process that ended, no memory
 ├── DownloadError      an address cannot be fetched, or what came is not what was promised
 └── DeviceError        the device or the dtype asked for is not here
 """
@@ -33,6 +34,10 @@ class ContextError(InputError):
 
 class ExportError(FastVLMError):
     """An export cannot be made here, or what was written does not compute what the model computes."""
+
+
+class TrainingError(FastVLMError):
+    """A run cannot go on: no finite numbers, a process that ended, no memory."""
 
 
 class DownloadError(FastVLMError):

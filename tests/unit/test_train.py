@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -19,10 +18,11 @@ from fastvlm.options import TrainOptions
 from fastvlm.prompt import IGNORE, Tokenizer
 from fastvlm.synth.sample import TASKS
 from fastvlm.train.data import Example, SynthDataset, collate
-from fastvlm.train.loop import Trainer, row_losses
+from fastvlm.train.folder import RunFolder
+from fastvlm.train.loop import Objective, Trainer, row_losses
 from fastvlm.train.optimizer import build_optimizer, cosine
-from fastvlm.train.run import nano_tokenizer, run
-from fastvlm.train.start import fresh_config, fresh_model
+from fastvlm.train.run import run
+from fastvlm.train.start import fresh_config, fresh_model, nano_tokenizer
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -186,17 +186,20 @@ def test_a_run_that_was_resumed_is_the_run_that_was_not(conversations, tmp_path)
     assert same_state(resumed, whole)
 
 
-def test_a_resumed_run_with_a_frozen_encoder_goes_on_from_the_saved_one(tmp_path, conversations):
-    given = tmp_path / "given"  # another encoder than that of the state would be seen in the losses
+def test_a_run_is_not_resumed_with_other_frozen_weights(tmp_path, conversations):
+    given = tmp_path / "given"
     shutil.copytree(GOLDENS / "hf_tiny", given)
     wanted = {"model": str(given), "learn_vision": "frozen"}
     whole = run(options(conversations, tmp_path / "whole", **wanted))
     cut(options(conversations, tmp_path / "half", save_minutes=0, **wanted), step=3)
     weights = load_file(given / "model.safetensors")
     name = next(name for name in weights if "vision_tower" in name and weights[name].ndim == 4)
-    weights[name] = weights[name] * 2
-    save_file(weights, given / "model.safetensors", metadata={"format": "pt"})
+    changed = weights | {name: weights[name] * 2}
 
+    save_file(changed, given / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="was begun with other frozen weights"):
+        run(options(conversations, tmp_path / "half", resume=True, **wanted))
+    save_file(weights, given / "model.safetensors", metadata={"format": "pt"})
     resumed = run(options(conversations, tmp_path / "half", resume=True, **wanted))
 
     assert losses(resumed) == losses(whole)
@@ -204,8 +207,13 @@ def test_a_resumed_run_with_a_frozen_encoder_goes_on_from_the_saved_one(tmp_path
 
 
 def same_state(a, b):
-    ours, theirs = (load_file(folder / "train_state.safetensors") for folder in (a, b))
+    ours, theirs = (load_file(state_file(folder)) for folder in (a, b))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def state_file(folder):
+    (file,) = RunFolder(folder).latest().state.glob("*.safetensors")
+    return file
 
 
 def cut(settings, *, step):
@@ -289,13 +297,13 @@ def test_what_else_is_in_the_output_folder_stays(conversations, tmp_path):
 
     assert (folder / "thesis.txt").read_text() == "mine"
     assert (folder / "plots").is_dir()
-    assert not list(folder.glob(".*"))
+    assert {path.name for path in folder.rglob(".*")} == {".lock"}
 
 
 @pytest.mark.parametrize("change", [{"lr": 1e-4}, {"seed": 1}, {"batch_size": 1}, {"steps": 5}, {"data": ("x.json",)}])
 def test_resuming_with_other_options_is_refused_and_changes_nothing(conversations, tmp_path, change):
     folder = run(options(conversations, tmp_path / "run", steps=1))
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     if "data" in change:
         other = tmp_path / "x.json"
         shutil.copyfile(conversations, other)
@@ -304,28 +312,35 @@ def test_resuming_with_other_options_is_refused_and_changes_nothing(conversation
     with pytest.raises(InputError, match=f"was begun with {next(iter(change))} "):
         run(options(conversations, folder, resume=True, **{"steps": 1, **change}))
 
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("damage", ["cut", "no facts", "bad facts", "other shapes"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "no manifest", "no facts"])
 def test_a_damaged_state_is_named(conversations, tmp_path, damage):
     folder = run(options(conversations, tmp_path / "run", steps=1))
-    state = folder / "train_state.safetensors"
-    tensors = load_file(state)
+    state = state_file(folder)
+    manifest = state.parents[1] / "manifest.json"
+    content = bytearray(state.read_bytes())
     if damage == "cut":
-        state.write_bytes(state.read_bytes()[:1000])
-    elif damage == "no facts":
-        save_file(tensors, state)
-    elif damage == "bad facts":
-        save_file(tensors, state, metadata={"fastvlm": "{"})
+        state.write_bytes(content[:1000])
+    elif damage == "changed":
+        content[-1] ^= 1
+        state.write_bytes(content)
+    elif damage == "no manifest":
+        manifest.unlink()
     else:
-        with safe_open(state, "pt") as file:
-            metadata = file.metadata()
-        tensors["model.projector.fc1.bias"] = torch.zeros(3)
-        save_file(tensors, state, metadata=metadata)
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"facts": {"step": "x"}}))
 
-    with pytest.raises(CheckpointError, match=r"train_state\.safetensors: (the training state is|state of another)"):
+    with pytest.raises(CheckpointError, match=r"step-00000001: the training state is damaged"):
         run(options(conversations, folder, steps=1, resume=True))
+
+
+def test_the_state_of_another_model_is_named(conversations, tmp_path):
+    folder = run(options(conversations, tmp_path / "run", steps=1))
+    changed = {"learn_language": "frozen", "resume": True, "allow_change": True}
+
+    with pytest.raises(CheckpointError, match=r"state of another model; 'weights\.model\.language"):
+        run(options(conversations, folder, steps=1, **changed))
 
 
 def test_minutes_end_a_run_and_are_counted_over_resumed_ones(conversations, tmp_path):
@@ -346,14 +361,14 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     with torch.no_grad():
         model.projector.fc2.bias[0] = math.nan  # behind the encoder, whose BatchNorm has seen the batch by then
     optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98))
-    trainer = Trainer(model, optimizer, place("cpu", "float32"), lr=1e-3)
+    trainer = Trainer(Objective(model), optimizer, place("cpu", "float32"))
     image_id, num = checkpoint.tokenizer.image_id, model.config.vision.num_image_tokens
     pixels = torch.full((1, 3, 128, 128), 7, dtype=torch.uint8)
     row = Example(pixels=pixels, token_ids=[1] + [image_id] * num + [2], labels=[IGNORE] * (num + 1) + [2], task="x")
     batch = collate([row, row], max_tokens=99, pad_id=0, image_id=image_id, num_image_tokens=num)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    trainer.train_step(batch, 1.0)
+    trainer.train_step([batch], 1.0)
 
     after = model.state_dict()
     assert all(torch.equal(after[name].nan_to_num(7), before[name].nan_to_num(7)) for name in before)
@@ -365,7 +380,7 @@ def test_the_log_has_no_number_that_json_does_not(conversations, tmp_path):
 
     lines = (run(settings) / "metrics.jsonl").read_text().splitlines()
 
-    assert len(lines) == 3
+    assert "null" in "".join(lines)
     assert not [line for line in lines if "NaN" in line or "Infinity" in line]
 
 
@@ -448,7 +463,7 @@ def test_a_run_that_ended_before_it_saved_may_begin_again(conversations, tmp_pat
 
     with pytest.raises(KeyboardInterrupt):
         run(options(conversations, tmp_path / "run"), report=stop)
-    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"options.json", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"options.json", "metrics.jsonl", ".lock"}
 
     folder = run(options(conversations, tmp_path / "run", steps=1))
 

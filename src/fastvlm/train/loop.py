@@ -6,11 +6,9 @@ from a piece is said by an `Objective`, a module around the model; the loop know
 Letters: `P` images, `H, W` pixels, `N` positions, `C` channels of vision, `B` rows, `T` tokens, `V` vocabulary.
 """
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
@@ -46,7 +44,7 @@ class Losses(NamedTuple):
     """What a piece of a step is to make smaller."""
 
     sums: Tensor
-    """Cross-entropy of each row, summed over its learned tokens, `(B,)`; a step divides by its number of such tokens."""
+    """Cross-entropy of each row, summed over its learned tokens, `(B,)`; a step divides by the number of all its."""
     counts: Tensor
     """Learned tokens of each row, `(B,)`."""
     extra: Tensor | None = None
@@ -56,8 +54,8 @@ class Losses(NamedTuple):
 class Objective(nn.Module):
     """The loss of the next token (arXiv 2304.08485, 4.2).
 
-    Another objective is a subclass with a `forward` of its own, and with whatever modules it needs to learn beside the model.
-    It gets every tensor of a batch by its field's name.
+    Another objective is a subclass with a `forward` of its own, and with whatever modules learn beside the model. It
+    gets every tensor of a batch by its field's name.
     """
 
     def __init__(self, model: FastVLM, encoder: FastViTHD | None = None, *, sees_always: bool = False) -> None:
@@ -86,7 +84,7 @@ class Objective(nn.Module):
         pixels, features = tensors["pixels"], tensors.get("features")
         if features is None and self.sees_always and not len(pixels):
             pixels = pixels.new_zeros(1, *pixels.shape[1:])
-        if features is None and self.encoder is not None:
+        if features is None and self.encoder is not None and len(pixels):
             features = self.encode(pixels)
         shown = pixels if features is None and len(pixels) else None
         logits = self.model(tensors["token_ids"], shown, features=features, segments=tensors.get("segments"))
@@ -119,6 +117,8 @@ class Metrics:
     """What a stretch of steps came to, in all processes."""
 
     step: int
+    progress: float
+    """How much of the run is done, 0 to 1."""
     samples: int
     loss: float
     task_losses: dict[str, float]
@@ -129,7 +129,7 @@ class Metrics:
     tokens_per_second: float
     """Positions that are no padding, image embeddings included."""
     mfu: float | None
-    """Share of the device's speed at multiplying large matrices; None where it was not measured."""
+    """Share of the speed at which the device multiplies large matrices, by what the first step's samples need."""
     elapsed: float
     """Seconds that this process has trained."""
     remaining: float | None
@@ -177,6 +177,8 @@ class Hooks:
     """Called in every process: saves, validates, when it is time."""
     wants_end: Callable[[], bool] = lambda: False
     """Whether this process was asked to end; then all end behind the same step."""
+    cost: Callable[[Batch], float] | None = None
+    """Seconds that a sample takes at the device's full speed, told from the first piece."""
 
 
 class Trainer:
@@ -195,7 +197,6 @@ class Trainer:
         compile_model: bool = False,
         group: Group | None = None,
         pad_id: int | None = None,
-        flops_per_second: float | None = None,
     ) -> None:
         """Take the pieces.
 
@@ -210,14 +211,13 @@ class Trainer:
             compile_model: Compile the objective.
             group: The processes of the run; None is this one alone.
             pad_id: What stands behind a row's end and is not counted as a token.
-            flops_per_second: Of the device, to compare with.
         """
         self.objective, self.optimizer, self.placement = objective, optimizer, placement
         self.clip, self.max_skipped = clip, max_skipped
         self.learns_vision, self.learns_statistics = learns_vision, learns_statistics
         self.group = group or Group()
         self.step, self.samples, self.num_skipped, self.num_skipped_on_end = 0, 0, 0, 0
-        self.pad_id, self.flops_per_second = pad_id, flops_per_second
+        self.pad_id, self.cost = pad_id, 0.0
         self.wrapped: nn.Module = self.group.wrap(objective, placement.device)
         if compile_model:
             self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
@@ -296,18 +296,22 @@ class Trainer:
             TrainingError: As `train_step`.
         """
         self.set_train_mode()
-        started, begun_at = time.monotonic(), None
-        window, factor, done = _Window(), 0.0, 0.0
+        started = time.monotonic()
+        begun_at: float | None = None
+        window, factor = _Window(), 0.0
 
         def report() -> None:
             nonlocal window
-            metrics = self._metrics(window, factor, time.monotonic() - started, begun_at, done)
+            metrics = self._metrics(window, factor, time.monotonic() - started, begun_at or 0.0, hooks.progress(self))
             hooks.report(metrics)
             window = _Window()
 
         for step in _steps(pieces, accumulate):
             done, is_ending = self.group.agree(hooks.progress(self), ends=hooks.wants_end())
-            begun_at = done if begun_at is None else begun_at
+            if begun_at is None:
+                begun_at = done
+                self.cost = hooks.cost(step[0]) if hooks.cost is not None else 0.0
+                window.started = time.monotonic()
             if is_ending or done >= 1:
                 if window.results:
                     report()
@@ -339,9 +343,7 @@ class Trainer:
             return piece.token_ids.numel()
         return int((piece.token_ids != self.pad_id).sum())
 
-    def _metrics(
-        self, window: _Window, factor: float, elapsed: float, begun_at: float | None, done: float
-    ) -> Metrics:
+    def _metrics(self, window: _Window, factor: float, elapsed: float, begun_at: float, done: float) -> Metrics:
         sums = torch.cat([result.sums for result in window.results]).tolist()
         counts = torch.cat([result.counts for result in window.results]).tolist()
         per_task: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -351,20 +353,21 @@ class Trainer:
         per_task = self.group.add_up(per_task)
         total, num_learned = (sum(pair[i] for pair in per_task.values()) for i in (0, 1))
         seconds = max(1e-9, time.monotonic() - window.started - window.seconds_out)
-        tokens_per_second = self.group.sum(window.tokens) / seconds
-        passed = done - (begun_at or 0.0)
+        samples_per_second = self.group.sum(window.samples) / seconds
+        passed = done - begun_at
         return Metrics(
             step=self.step,
+            progress=min(1.0, done),
             samples=self.samples,
             loss=total / max(1.0, num_learned),
             task_losses={task: loss / max(1.0, count) for task, (loss, count) in sorted(per_task.items())},
             grad_norm=float(torch.stack([result.norm for result in window.results]).mean()),
             lr=factor * max(group["peak_lr"] for group in self.optimizer.param_groups),
-            samples_per_second=self.group.sum(window.samples) / seconds,
-            tokens_per_second=tokens_per_second,
-            mfu=None,
+            samples_per_second=samples_per_second,
+            tokens_per_second=self.group.sum(window.tokens) / seconds,
+            mfu=samples_per_second * self.cost / self.group.world if self.cost else None,
             elapsed=elapsed,
-            remaining=elapsed * (1 - done) / passed if passed > 0 and math.isfinite(passed) else None,
+            remaining=max(0.0, elapsed * (1 - done) / passed) if passed > 0 else None,
             num_skipped=self.num_skipped,
         )
 

@@ -1,50 +1,51 @@
 """The `train` command: from options to a checkpoint folder."""
 
-import copy
+import contextlib
 import json
 import logging
-import math
-import os
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from fastvlm.checkpoint.load import assemble, load, load_encoder, load_language
-from fastvlm.checkpoint.save import save
-from fastvlm.checkpoint.zoo import resolve
-from fastvlm.device import Placement, flush_denormals, place
-from fastvlm.errors import CheckpointError, ConfigError, InputError
-from fastvlm.model import fold
+from fastvlm.checkpoint.adapter import write_adapter
+from fastvlm.checkpoint.build import shapes_only
+from fastvlm.checkpoint.save import tensor_entries, write_folder
+from fastvlm.device import Placement, flush_denormals, matrix_flops_per_second, place
+from fastvlm.errors import InputError, TrainingError
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.vision import FastViTHD
 from fastvlm.options import FRESH, TrainOptions
 from fastvlm.prompt import Tokenizer
 from fastvlm.synth.assets import default_folder, read_assets
-from fastvlm.synth.wording import corpus
-from fastvlm.train.data import SynthDataset, batches, collate
+from fastvlm.train.curves import plot
+from fastvlm.train.data import Batch, SynthDataset, batches, collate
 from fastvlm.train.dataset import ConversationDataset, open_dataset
 from fastvlm.train.features import FeatureCache
-from fastvlm.train.loop import Metrics, Trainer
+from fastvlm.train.folder import LOG, SAMPLES, RunFolder
+from fastvlm.train.learning import checkpoint_activations, choose_what_learns, modes, rates, set_train_mode
+from fastvlm.train.log import Log
+from fastvlm.train.loop import Hooks, Metrics, Objective, Trainer
+from fastvlm.train.lora import take_adapter
 from fastvlm.train.mixture import parse_parts
 from fastvlm.train.optimizer import build_optimizer, cosine
-from fastvlm.train.skipped import BAD_SAMPLES, Ledger
-from fastvlm.train.start import fresh_config, fresh_model
-from fastvlm.train.state import TENSORS, load_state, save_state
-from fastvlm.train.tokenizer import build_tokenizer
+from fastvlm.train.parallel import Group, local_placement, processes
+from fastvlm.train.skipped import Ledger, bad_samples_of
+from fastvlm.train.stages import with_steps
+from fastvlm.train.start import folded_encoder, start_model
+from fastvlm.train.state import frozen_digest, load_state, random_facts, restore_random, save_state
+from fastvlm.train.throughput import count_flops
+from fastvlm.train.validate import Validator
 
-LOG = "metrics.jsonl"
-OPTIONS = "options.json"
-_MAX_WORDS = 450  # of the wordings: all of them
 _MAY_CHANGE: Final = frozenset(
     {
         "output",
+        "config",
         "image_folder",
         "assets",
         "workers",
@@ -52,120 +53,472 @@ _MAY_CHANGE: Final = frozenset(
         "compile",
         "log_every",
         "save_minutes",
+        "save_steps",
+        "keep",
+        "validation",
+        "validate_every",
+        "validation_samples",
+        "shown_answers",
+        "tensorboard",
+        "wandb",
         "resume",
+        "allow_change",
         "quiet",
+        "timeout",
+        "max_skipped",
         "feature_cache",
         "feature_cache_gb",
         "max_bad_fraction",
+        # The same step in other pieces: equal but for the order of additions.
+        "accumulate",
+        "parallel",
+        "checkpoint_activations",
     }
 )
+Follow = Callable[[Metrics], None]
+Score = Callable[[FastVLM, Tokenizer], Mapping[str, float]]
+"""Measures a model while it learns: what the command line hands in, because training knows no evaluation."""
 
 logger = logging.getLogger(__name__)
 
 
-def run(options: TrainOptions, *, report: Callable[[str], None] = logger.info) -> Path:
+def run(
+    options: TrainOptions,
+    *,
+    report: Callable[[str], None] = logger.info,
+    follow: Follow | None = None,
+    score: Score | None = None,
+    wants_end: Callable[[], bool] = lambda: False,
+) -> Path:
     """Train as the options say; return the folder, which `load` reads.
 
+    Args:
+        options: What to learn from what, and how.
+        report: Takes lines for the user; of several processes the first reports.
+        follow: Takes each report of the loop instead of a line of it.
+        score: Measures the model at each validation.
+        wants_end: Asked before each step; once it says yes, the run saves and ends.
+
     Raises:
-        InputError: Options contradict each other or the data.
-        CheckpointError: The model or the state to go on from cannot be read.
+        InputError: Options contradict each other or the data, or another run is at work in the folder.
+        CheckpointError: The model or the state to go on from cannot be read, or the folder cannot be written.
+        TrainingError: The run cannot go on.
     """
-    placement = place(options.device, options.dtype)
-    folder = Path(options.output)
-    # A run that ended before it saved leaves its options and its log, and may begin again.
-    if (
-        not options.resume
-        and folder.is_dir()
-        and {path.name for path in folder.iterdir()} - {LOG, OPTIONS, BAD_SAMPLES}
-    ):
-        raise InputError(f"{folder} exists and is not empty; give another --output, or --resume to go on")
-    model, tokenizer = _start(options)
-    dataset = _dataset(options, model, tokenizer)
-
-    model.to(placement.device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.vision.requires_grad_(options.learn_vision != "frozen")
-    optimizer = build_optimizer(model, lr=options.lr, weight_decay=options.weight_decay, betas=(0.9, 0.98))
-    facts = _resumed_facts(options, folder, model, optimizer) if options.resume else {}
-    # Of the weights that are gone on from.
-    encoder = _frozen_encoder(model, placement) if options.learn_vision == "frozen" else None
-    if options.feature_cache is not None:
-        _add_feature_cache(options, dataset, encoder, placement)
-    trainer = Trainer(model, optimizer, placement, lr=options.lr, compile_model=options.compile, encoder=encoder)
-    trainer.step, trainer.samples = facts.get("step", 0), facts.get("samples", 0)
-    trainer.num_skipped = facts.get("num_skipped", 0)
-    _prepare(folder, options, trainer.step)
-    _fast_arithmetic(placement)
-    num_learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    report(
-        f"{num_learning:,} parameters learn on {placement.device}, {placement.dtype_name}; {len(dataset):,} examples"
-    )
-    with flush_denormals():
-        seconds = _train(options, trainer, tokenizer, dataset, folder, report, facts.get("seconds", 0.0))
-    _save(folder, trainer, tokenizer, _facts(options, seconds))
-    return folder
+    placement = local_placement(place(options.device, options.dtype))
+    with processes(placement, options.parallel, options.timeout) as group:
+        folder = RunFolder(options.output)
+        group.first(folder.require_state if options.resume else folder.refuse_others)
+        with contextlib.ExitStack() as held:
+            one_run = _Run(options, placement, group, folder, report if group.is_first else _nothing)
+            group.first(lambda: held.enter_context(folder.locked()) and None)
+            try:
+                one_run.go(follow if group.is_first else None, score, wants_end)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_memory(error):
+                    raise
+                rows = options.batch_size // options.accumulate // group.world
+                raise TrainingError(
+                    f"not enough memory for {rows} conversations of up to {options.max_tokens} tokens at once: give a "
+                    f"larger --accumulate, --checkpoint-activations, or a smaller --max-tokens or --image-size"
+                ) from error
+    return folder.path
 
 
-def _facts(options: TrainOptions, seconds: float) -> dict[str, Any]:
-    """What a resumed run must know beside weights and counters: its clock, and the options that it may not change."""
-    kept = {name: value for name, value in asdict(options).items() if name not in _MAY_CHANGE}
-    return {"seconds": seconds, "options": kept}
+def _nothing(_: str) -> None:
+    """Lines of all processes but the first."""
 
 
-def _resumed_facts(
-    options: TrainOptions, folder: Path, model: FastVLM, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    facts = load_state(folder, model, optimizer)
-    before, now = facts["options"], json.loads(json.dumps(_facts(options, 0.0)["options"]))
-    for name, value in now.items():
-        if before.get(name) != value:
+def _is_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate" in text or "alloc_cpu" in text
+
+
+class _Run:
+    """The pieces of one run, and what happens between its steps."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        placement: Placement,
+        group: Group,
+        folder: RunFolder,
+        report: Callable[[str], None],
+    ) -> None:
+        """Open model and data; nothing is written."""
+        self.placement, self.group, self.folder, self.report = placement, group, folder, report
+        if options.batch_size % (options.accumulate * group.world):
             raise InputError(
-                f"{folder} was begun with {name} {before.get(name)!r}, not {value!r}: resume with the same options, "
-                f"or begin another run with --model {folder}"
+                f"batch_size ({options.batch_size}) must be a multiple of accumulate ({options.accumulate}) times the "
+                f"number of processes ({group.world})"
             )
-    return facts
+        self.model, self.tokenizer = start_model(options)
+        self.dataset = _dataset(options, self.model, self.tokenizer)
+        self.options = with_steps(options, len(self.dataset))
+        self.learning = modes(options)
+        self.learns_vision = options.learn_vision != "frozen"
+        is_fresh = options.model == FRESH and options.encoder is None
+        learns_statistics = is_fresh if options.batch_norm == "auto" else options.batch_norm == "learning"
+        self.learns_statistics = self.learns_vision and learns_statistics
+        self.validator = None
+        if options.validation:
+            self.validator = Validator(options, self.model, self.tokenizer, placement)
+        self.facts: dict[str, Any] = {}
+        self.encoder: FastViTHD | None = None
+        self.log: Log | None = None
+        self.first_step, self.seconds_before = 0, 0.0
+        self.started = self.last_saved = time.monotonic()
 
-
-def _prepare(folder: Path, options: TrainOptions, last_step: int) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _cut_log(folder, last_step)
-        _write_text(folder / OPTIONS, json.dumps(asdict(options), indent=1))
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
-
-
-def _start(options: TrainOptions) -> tuple[FastVLM, Tokenizer]:
-    if options.encoder is not None and options.language is not None:
-        encoder = load_encoder(options.encoder, image_size=options.image_size, dtype=torch.float32)
-        language, _, tokenizer = load_language(options.language, dtype=torch.float32)
-        size = encoder.config.image_size
-        return assemble(encoder, language, tokenizer, image_size=size, seed=options.seed), tokenizer
-    if options.model == FRESH:
-        tokenizer = Tokenizer.from_json(json.dumps(nano_tokenizer()), origin="nano's tokenizer")
-        return fresh_model(fresh_config("nano", tokenizer, options.image_size), options.seed), tokenizer
-    checkpoint = load(resolve(options.model), dtype=torch.float32)
-    model = checkpoint.model
-    if options.image_size is not None:
+    def go(self, follow: Follow | None, score: Score | None, wants_end: Callable[[], bool]) -> None:
+        """Train to the end, or until asked to end, and save."""
+        options, group, folder = self.options, self.group, self.folder
+        trainer = self._trainer()
+        group.first(lambda: self._begin(trainer))
+        if group.is_first:
+            self.log = Log(folder.path, tensorboard=options.tensorboard, wandb=options.wandb, options=asdict(options))
         try:
-            vision = replace(model.config.vision, image_size=options.image_size)
-            model.config = replace(model.config, vision=vision)
-        except ConfigError as error:
-            raise InputError(f"--image-size does not fit {options.model}: {error}") from error
-        model.vision.config = model.config.vision
-    return model, checkpoint.tokenizer
+            with flush_denormals():
+                is_ended = trainer.run(
+                    self._pieces(trainer),
+                    self._hooks(follow, score, wants_end),
+                    accumulate=options.accumulate,
+                    log_every=options.log_every,
+                )
+                if trainer.step % options.validate_every:
+                    self._validate(trainer, score)
+            self._save(trainer)
+        finally:
+            if self.log is not None:
+                self.log.close()
+        if group.is_first and (folder.path / LOG).is_file():
+            plot(folder.path)
+        if is_ended:
+            self.report(f"ended behind step {trainer.step}, as asked; --resume goes on from there")
+
+    def _trainer(self) -> Trainer:
+        """Make model, optimizer and the step between them, as they were saved if the run is resumed."""
+        options, model, group = self.options, self.model, self.group
+        model.to(self.placement.device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        torch.manual_seed(options.seed)  # of the updates' first values, the same in all processes
+        choose_what_learns(
+            model, self.learning, rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout
+        )
+        if options.checkpoint_activations:
+            checkpoint_activations(model, learns_vision=self.learns_vision)
+        set_train_mode(model, learns_vision=self.learns_vision, learns_statistics=self.learns_statistics)
+        self.facts = {
+            "options": _kept(options),
+            "data": _fingerprint(options, self.dataset),
+            "frozen": frozen_digest(model),
+        }
+        self.encoder = None if self.learns_vision else folded_encoder(model, self.placement)
+        if options.feature_cache is not None:
+            _add_feature_cache(options, self.dataset, self.encoder, self.placement)
+        objective = Objective(model, self.encoder, sees_always=group.world > 1)
+        group.prepare(objective, self.placement, learns_statistics=self.learns_statistics)
+        optimizer = build_optimizer(
+            objective,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            betas=(0.9, 0.98),
+            rates={f"model.{part}": rate for part, rate in rates(options).items()},
+        )
+        torch.manual_seed(options.seed + group.rank)
+        facts = self._resumed(objective, optimizer) if options.resume else {}
+        _fast_arithmetic(self.placement)
+        trainer = Trainer(
+            objective,
+            optimizer,
+            self.placement,
+            clip=options.clip,
+            max_skipped=options.max_skipped,
+            learns_vision=self.learns_vision,
+            learns_statistics=self.learns_statistics,
+            compile_model=options.compile,
+            group=group,
+            pad_id=self.tokenizer.end_of_text_id,
+        )
+        trainer.step, trainer.samples = facts.get("step", 0), facts.get("samples", 0)
+        trainer.num_skipped = facts.get("num_skipped", 0)
+        self.first_step, self.seconds_before = trainer.step, facts.get("seconds", 0.0)
+        return trainer
+
+    def _resumed(self, objective: Objective, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Put everything back as it was saved; return the facts of the run so far."""
+        saved = self.group.first(self.folder.latest)
+        self._compare(saved.facts)
+        load_state(saved.state, objective, optimizer, self.group)
+        restore_random(self.placement.device, saved.facts["random"], self.group)
+        return saved.facts
+
+    def _compare(self, before: Mapping[str, Any]) -> None:
+        """Refuse to go on with another run's state."""
+        options, path = self.options, self.folder.path
+        changes = [
+            f"{path} was begun with {name} {before['options'].get(name)!r}, not {value!r}: resume with the same options"
+            for name, value in self.facts["options"].items()
+            if before["options"].get(name) != value
+        ]
+        if before.get("data") != self.facts["data"]:
+            changes.append(
+                f"{path} was begun with other data than {', '.join(options.data)} is: bring back what it was"
+            )
+        if before.get("frozen") != self.facts["frozen"]:
+            changes.append(f"{path} was begun with other frozen weights than {options.model} has: bring them back")
+        if changes and not options.allow_change:
+            raise InputError(f"{changes[0]}, say --allow-change, or begin another run with --model {path}")
+        for change in changes:
+            logger.warning("%s", change)
+
+    def _begin(self, trainer: Trainer) -> None:
+        """Write what the folder holds before the first step."""
+        self.folder.cut_logs(trainer.step)
+        self.folder.write_options(asdict(self.options))
+        num_learning = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        parts = ", ".join(f"{part} {mode}" for part, mode in self.learning.items())
+        where = f"{self.placement.device}, {self.placement.dtype_name}"
+        if self.group.world > 1:
+            where = f"{self.group.world} processes ({self.group.kind}) on {where}"
+        self.report(f"{num_learning:,} parameters learn ({parts}) on {where}; {len(self.dataset):,} examples")
+
+    def _hooks(self, follow: Follow | None, score: Score | None, wants_end: Callable[[], bool]) -> Hooks:
+        """What happens around the steps."""
+
+        def report(metrics: Metrics) -> None:
+            if self.log is None:
+                return
+            self.log.write(asdict(metrics))
+            if follow is not None:
+                follow(metrics)
+            else:
+                self.report(render(metrics))
+
+        def after_step(trainer: Trainer) -> None:
+            if self._is_save_due(trainer):
+                self._save(trainer)
+                self.last_saved = time.monotonic()
+            if trainer.step % self.options.validate_every == 0:
+                self._validate(trainer, score)
+
+        def skipped(trainer: Trainer) -> None:
+            if self.log is not None:
+                size = self.options.batch_size
+                numbers = [int(i) for i in self._order()[trainer.samples - size : trainer.samples]]
+                self.log.write({"step": trainer.step, "skipped": numbers})
+                self.report(f"step {trainer.step} skipped: loss or gradient not finite; its samples are in {LOG}")
+
+        return Hooks(
+            progress=self._progress,
+            schedule=partial(cosine, warmup=self.options.warmup),
+            report=report,
+            skipped=skipped,
+            after_step=after_step,
+            wants_end=wants_end,
+            cost=self._cost,
+        )
+
+    def _seconds(self) -> float:
+        """How long this run and those that it goes on from have learned."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _progress(self, trainer: Trainer) -> float:
+        if self.options.minutes is None:
+            return trainer.step / self.options.steps
+        if trainer.step <= self.first_step + 1:
+            self.started = time.monotonic()  # compilation happens in the first step and is not counted
+        return self._seconds() / (60 * self.options.minutes)
+
+    def _pieces(self, trainer: Trainer) -> Iterator[Batch]:
+        """The batches of this process, from where the run is."""
+        options, config = self.options, self.model.config
+        cache = self.dataset.cache if isinstance(self.dataset, ConversationDataset) else None
+        share = Share(self._order()[trainer.samples :], options.batch_size, self.group.rank, self.group.world)
+        ledger = Ledger(
+            len(self.dataset),
+            max_fraction=options.max_bad_fraction,
+            position=trainer.samples,
+            file=self.folder.path / bad_samples_of(self.group.rank),
+            place=share.place,
+            source_of=self.dataset.source_of if isinstance(self.dataset, ConversationDataset) else str,
+        )
+        read = batches(
+            self.dataset,
+            indices=share,
+            batch_size=options.batch_size // options.accumulate // self.group.world,
+            num_workers=options.workers,
+            collate_fn=partial(
+                collate,
+                max_tokens=options.max_tokens,
+                is_fixed=options.compile,
+                is_packed=options.pack,
+                image_size=config.vision.image_size,
+                pad_id=self.tokenizer.end_of_text_id,
+                image_id=self.tokenizer.image_id,
+                num_image_tokens=config.vision.num_image_tokens,
+            ),
+            pin=self.placement.is_cuda,
+            ledger=ledger,
+            timeout=options.timeout,
+        )
+        return read if cache is None else (cache.fill(batch, self._encode) for batch in read)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Features of pixels, uint8 `(P, 3, H, W)`, by the encoder that does not learn."""
+        assert self.encoder is not None
+        pixels = pixels.to(self.placement.device).to(self.placement.dtype).div_(255)
+        with torch.no_grad():
+            return self.encoder(pixels.contiguous(memory_format=torch.channels_last))
+
+    def _order(self) -> Sequence[int]:
+        """Which examples come, in which order: a function of the seed alone."""
+        options, dataset = self.options, self.dataset
+        if isinstance(dataset, SynthDataset):
+            return range(len(dataset))
+        weights = [part.weight for part in parse_parts(options.data, options.image_folder) if part.weight is not None]
+        return dataset.order(seed=options.seed, length=options.steps * options.batch_size, weights=weights or None)
+
+    def _cost(self, piece: Batch) -> float:
+        """Seconds of the device's full speed that one sample needs."""
+        num_slots = int((piece.token_ids == self.tokenizer.image_id).sum())
+        flops = count_flops(
+            self.model,
+            num_pictures=num_slots // self.model.config.vision.num_image_tokens,
+            num_rows=piece.token_ids.shape[0],
+            num_tokens=piece.token_ids.shape[1],
+            sees_pixels=piece.features is None,
+        )
+        return flops / max(1, piece.num_samples) / matrix_flops_per_second(self.placement)
+
+    def _is_save_due(self, trainer: Trainer) -> bool:
+        options = self.options
+        if options.save_steps is not None:
+            return trainer.step % options.save_steps == 0
+        return self.group.first(lambda: time.monotonic() - self.last_saved > 60 * options.save_minutes)
+
+    def _save(self, trainer: Trainer) -> None:
+        whole = _of_model(self.group.whole_state(trainer.objective))
+        facts = self.facts | {
+            "step": trainer.step,
+            "samples": trainer.samples,
+            "num_skipped": trainer.num_skipped,
+            "seconds": self._seconds(),
+            "random": random_facts(self.placement.device, self.group),
+        }
+        self.folder.save(
+            facts,
+            write_model=lambda place: self._write_model(place, whole),
+            write_state=lambda place: save_state(place, trainer.objective, trainer.optimizer, self.group),
+            group=self.group,
+            keep=self.options.keep,
+        )
+
+    def _write_model(self, place: Path, state: Mapping[str, Tensor]) -> None:
+        """Write what `load` reads: the model in bfloat16, or what was learned beside its frozen weights."""
+        options = self.options
+        if "lora" not in self.learning.values():
+            model = self._plain(state)
+            write_folder(place, tensor_entries(model, torch.bfloat16), model.config, self.tokenizer)
+            return
+        adapter = take_adapter(
+            state,
+            [part for part, mode in self.learning.items() if mode == "full"],
+            base=str(Path(options.model).resolve()) if Path(options.model).exists() else options.model,
+            rank=options.lora_rank,
+            alpha=options.lora_alpha,
+            dropout=options.lora_dropout,
+        )
+        write_adapter(place, adapter)
+
+    def _plain(self, state: Mapping[str, Tensor]) -> FastVLM:
+        """A model without what many processes have put around its parts."""
+        if self.group.world == 1:
+            return self.model
+        model = shapes_only(lambda: FastVLM(self.model.config))
+        model.load_state_dict(dict(state), assign=True)
+        return model
+
+    def _validate(self, trainer: Trainer, score: Score | None) -> None:
+        """Measure, and answer a few questions; the first process does, with all weights."""
+        if self.validator is None and score is None:
+            return
+        whole = _of_model(self.group.whole_state(trainer.objective)) if self.group.is_sharded else {}
+        self.group.first(lambda: self._look(trainer.step, whole, score))
+        trainer.set_train_mode()
+
+    def _look(self, step: int, whole: Mapping[str, Tensor], score: Score | None) -> None:
+        model = self._plain(whole).to(self.placement.device) if self.group.is_sharded else self.model
+        model.eval()
+        row: dict[str, Any] = {"step": step}
+        if self.validator is not None:
+            row["validation_loss"] = self.validator.loss(model)
+            with (self.folder.path / SAMPLES).open("a", encoding="utf-8") as file:
+                for answered in self.validator.answers(model):
+                    file.write(json.dumps({"step": step} | asdict(answered), ensure_ascii=False) + "\n")
+        if score is not None:
+            row["scores"] = dict(score(model, self.tokenizer))
+        assert self.log is not None
+        self.log.write(row)
+        named = {"loss": row.get("validation_loss"), **row.get("scores", {})}
+        values = "  ".join(f"{name} {value:.4f}" for name, value in named.items() if value is not None)
+        self.report(f"step {step} validation: {values}")
 
 
-def _frozen_encoder(model: FastVLM, placement: Placement) -> FastViTHD:
-    """Copy the encoder and fold it, in the format of the arithmetic."""
-    without_language = copy.deepcopy(model, {id(model.language): nn.Identity()})
-    copied = fold.for_inference(without_language).vision.to(placement.dtype)
-    return copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def render(metrics: Metrics) -> str:
+    """Say on one line what a stretch of steps came to."""
+    tasks = "  ".join(f"{task} {loss:.3f}" for task, loss in metrics.task_losses.items())
+    left = "" if metrics.remaining is None else f"  {duration(metrics.remaining)} left"
+    mfu = "" if metrics.mfu is None else f"  mfu {metrics.mfu:.0%}"
+    return (
+        f"step {metrics.step} ({metrics.progress:.1%})  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  "
+        f"{metrics.samples_per_second:.3g} samples/s  {metrics.tokens_per_second:,.0f} tokens/s{mfu}{left}  {tasks}"
+    )
 
 
-def nano_tokenizer() -> dict[str, object]:
-    """Build nano's tokenizer from the wordings of its questions and answers."""
-    return build_tokenizer(corpus(seed=0, size=20_000), max_words=_MAX_WORDS)
+def duration(seconds: float) -> str:
+    """Write hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+class Share(Sequence[int]):
+    """The part of an order that one process reads: of each step's samples its share, in order."""
+
+    def __init__(self, order: Sequence[int], step_size: int, rank: int, world: int) -> None:
+        """Take an order, the samples of a step, and which of how many processes this is; they divide a step."""
+        self.order, self.step_size, self.own = order, step_size, step_size // world
+        self.begin = rank * self.own
+
+    def __len__(self) -> int:
+        """How many samples this process reads: those of whole steps."""
+        return len(self.order) // self.step_size * self.own
+
+    def __getitem__(self, at: Any) -> Any:
+        """Give the number of a sample."""
+        if not 0 <= at < len(self):
+            raise IndexError(at)
+        return self.order[self.place(at)]
+
+    def place(self, at: int) -> int:
+        """Say where in the whole order this process's sample `at` stands."""
+        step, offset = divmod(at, self.own)
+        return step * self.step_size + self.begin + offset
+
+
+def _of_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's tensors among those of its objective."""
+    return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
+
+
+def _kept(options: TrainOptions) -> dict[str, Any]:
+    """The options that a resumed run may not change, as JSON has them."""
+    kept = {name: value for name, value in asdict(options).items() if name not in _MAY_CHANGE}
+    return dict(json.loads(json.dumps(kept)))
+
+
+def _fingerprint(options: TrainOptions, dataset: SynthDataset | ConversationDataset) -> str:
+    """Something that changes when the data does."""
+    return dataset.fingerprint if isinstance(dataset, ConversationDataset) else f"synth {options.seed}"
 
 
 def _dataset(options: TrainOptions, model: FastVLM, tokenizer: Tokenizer) -> SynthDataset | ConversationDataset:
@@ -195,7 +548,9 @@ def _add_feature_cache(
     placement: Placement,
 ) -> None:
     if encoder is None or isinstance(dataset, SynthDataset):
-        raise InputError("--feature-cache keeps what a frozen encoder makes of --data: give files, and --freeze-vision")
+        raise InputError(
+            "--feature-cache keeps what a frozen encoder makes of --data: give files, and --learn-vision frozen"
+        )
     dataset.cache = FeatureCache(
         Path(str(options.feature_cache)).expanduser(),
         encoder,
@@ -210,131 +565,3 @@ def _fast_arithmetic(placement: Placement) -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-
-
-def _train(  # noqa: PLR0913  (the pieces of a run meet here)
-    options: TrainOptions,
-    trainer: Trainer,
-    tokenizer: Tokenizer,
-    dataset: SynthDataset | ConversationDataset,
-    folder: Path,
-    report: Callable[[str], None],
-    seconds_before: float,
-) -> float:
-    """Train to the end; return the seconds that this run and those that it goes on from have learned."""
-    first_step, started, last_saved = trainer.step, time.monotonic(), time.monotonic()
-
-    def seconds() -> float:
-        return seconds_before + time.monotonic() - started
-
-    def progress(trainer: Trainer) -> float:
-        nonlocal started
-        if options.minutes is None:
-            return trainer.step / options.steps
-        if trainer.step <= first_step + 1:
-            started = time.monotonic()  # compilation happens in the first step and is not counted
-        return seconds() / (60 * options.minutes)
-
-    def checkpoint(trainer: Trainer) -> None:
-        nonlocal last_saved
-        if time.monotonic() - last_saved > 60 * options.save_minutes:
-            _save(folder, trainer, tokenizer, _facts(options, seconds()))
-            last_saved = time.monotonic()
-
-    def log(metrics: Metrics) -> None:
-        with (folder / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(asdict(metrics)), allow_nan=False) + "\n")
-        tasks = " ".join(f"{task} {loss:.3f}" for task, loss in metrics.task_losses.items())
-        report(
-            f"step {metrics.step} ({progress(trainer):.1%})  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  "
-            f"{metrics.samples_per_second:.0f} samples/s  {tasks}"
-        )
-
-    cache = dataset.cache if isinstance(dataset, ConversationDataset) else None
-    ledger = Ledger(
-        len(dataset),
-        max_fraction=options.max_bad_fraction,
-        position=trainer.samples,
-        file=folder / BAD_SAMPLES,
-        source_of=dataset.source_of if isinstance(dataset, ConversationDataset) else str,
-    )
-    read = batches(
-        dataset,
-        indices=_order(options, dataset, trainer.samples),
-        batch_size=options.batch_size,
-        num_workers=options.workers,
-        collate_fn=partial(
-            collate,
-            max_tokens=options.max_tokens,
-            is_fixed=options.compile,
-            is_packed=options.pack,
-            image_size=trainer.model.config.vision.image_size,
-            pad_id=tokenizer.end_of_text_id,
-            image_id=tokenizer.image_id,
-            num_image_tokens=trainer.model.config.vision.num_image_tokens,
-        ),
-        pin=trainer.placement.is_cuda,
-        ledger=ledger,
-    )
-    trainer.run(
-        read if cache is None else (cache.fill(batch, trainer.encode) for batch in read),
-        progress=progress,
-        schedule=partial(cosine, warmup=options.warmup),
-        log_every=options.log_every,
-        report=log,
-        checkpoint=checkpoint,
-    )
-    return seconds()
-
-
-def _order(options: TrainOptions, dataset: SynthDataset | ConversationDataset, done: int) -> Sequence[int]:
-    """Which examples come, in which order, behind those that are `done`: a function of the seed alone."""
-    if isinstance(dataset, SynthDataset):
-        return range(done, len(dataset))
-    weights = [part.weight for part in parse_parts(options.data, options.image_folder) if part.weight is not None]
-    return dataset.order(seed=options.seed, length=options.steps * options.batch_size, weights=weights or None)[done:]
-
-
-def _save(folder: Path, trainer: Trainer, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
-    """Write what `load` reads and what resuming needs; what else is in the folder stays.
-
-    The files are written whole before the first takes its place. The state, all of it in one file, comes last: whatever
-    interrupts, the folder holds a state to go on from.
-    """
-    try:
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
-            place = save(trainer.model, tokenizer, Path(scratch) / "checkpoint", dtype=torch.bfloat16)
-            counters = {"step": trainer.step, "samples": trainer.samples, "num_skipped": trainer.num_skipped}
-            save_state(place, trainer.model, trainer.optimizer, facts | counters)
-            for path in sorted(place.iterdir(), key=lambda path: path.name == TENSORS):
-                os.replace(path, folder / path.name)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _cut_log(folder: Path, last_step: int) -> None:
-    """Drop the lines of steps that will be done again, and one that was cut."""
-    if not (folder / LOG).is_file():
-        return
-    kept = []
-    for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        if step <= last_step:
-            kept.append(line + "\n")
-    _write_text(folder / LOG, "".join(kept))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,15 +1,26 @@
-"""A small model with random weights that learn well from nothing: where nano starts."""
+"""Where a run begins: a checkpoint, two parts, or random weights that learn well from nothing."""
 
+import copy
+import json
 from dataclasses import replace
 
 import torch
 from torch import nn
 
+from fastvlm.checkpoint.load import assemble, load, load_encoder, load_language
+from fastvlm.checkpoint.zoo import resolve
 from fastvlm.config import PRESETS, Config, table_rows
+from fastvlm.device import Placement
+from fastvlm.errors import ConfigError, InputError
+from fastvlm.model import fold
 from fastvlm.model.fastvlm import FastVLM
-from fastvlm.model.vision import ClipHead, PositionalEncoding
+from fastvlm.model.vision import ClipHead, FastViTHD, PositionalEncoding
+from fastvlm.options import FRESH, TrainOptions
 from fastvlm.prompt import Tokenizer
+from fastvlm.synth.wording import corpus
+from fastvlm.train.tokenizer import build_tokenizer
 
+_MAX_WORDS = 450  # of the wordings: all of them
 LAYER_SCALE = 0.1  # a shallow encoder from scratch learns faster with this than with FastViT's 1e-5
 
 
@@ -50,3 +61,42 @@ def draw_weights(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, PositionalEncoding) and module.pos_enc is not None:
             nn.init.normal_(module.pos_enc.weight, std=0.02)  # the skip carries the map at first
+
+
+def nano_tokenizer() -> dict[str, object]:
+    """Build nano's tokenizer from the wordings of its questions and answers."""
+    return build_tokenizer(corpus(seed=0, size=20_000), max_words=_MAX_WORDS)
+
+
+def start_model(options: TrainOptions) -> tuple[FastVLM, Tokenizer]:
+    """Build or load the model that a run begins with, in float32.
+
+    Raises:
+        InputError: The picture size does not fit.
+        CheckpointError: A model cannot be read.
+    """
+    if options.encoder is not None and options.language is not None:
+        encoder = load_encoder(options.encoder, image_size=options.image_size, dtype=torch.float32)
+        language, _, tokenizer = load_language(options.language, dtype=torch.float32)
+        size = encoder.config.image_size
+        return assemble(encoder, language, tokenizer, image_size=size, seed=options.seed), tokenizer
+    if options.model == FRESH:
+        tokenizer = Tokenizer.from_json(json.dumps(nano_tokenizer()), origin="nano's tokenizer")
+        return fresh_model(fresh_config("nano", tokenizer, options.image_size), options.seed), tokenizer
+    checkpoint = load(resolve(options.model), dtype=torch.float32)
+    model = checkpoint.model
+    if options.image_size is not None:
+        try:
+            vision = replace(model.config.vision, image_size=options.image_size)
+            model.config = replace(model.config, vision=vision)
+        except ConfigError as error:
+            raise InputError(f"--image-size does not fit {options.model}: {error}") from error
+        model.vision.config = model.config.vision
+    return model, checkpoint.tokenizer
+
+
+def folded_encoder(model: FastVLM, placement: Placement) -> FastViTHD:
+    """Copy the encoder of a model and fold it, in the format of the arithmetic."""
+    without_language = copy.deepcopy(model, {id(model.language): nn.Identity()})
+    copied = fold.for_inference(without_language).vision.to(placement.dtype)
+    return copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
