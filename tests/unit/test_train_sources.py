@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 import tarfile
@@ -91,6 +92,13 @@ def test_C6_files_that_cannot_be_read_at_all_are_named(tmp_path, name, content, 
     assert "\n" not in str(caught.value)
 
 
+def test_nobody_waits_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+
+    with pytest.raises(InputError, match="is neither a file nor a folder"):
+        open_source(tmp_path / "pipe", READING)
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match=r"a\.json: no such file or directory; --data names files"):
         open_source(tmp_path / "a.json", READING)
@@ -152,8 +160,10 @@ def test_a_folder_with_a_table_is_read_by_its_table(folder, name):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "no samples in this folder; expected pictures"),
+        ({}, "no samples in this folder; expected tars"),
+        ({"a.png": ""}, "or pictures with captions"),
         ({"data.json": "[]"}, r"name the file .*data\.json"),
+        ({"data.json": "[]", "a.png": ""}, r"name the file .*data\.json"),
         ({"a.tar": "", "metadata.csv": ""}, r"holds a\.tar and metadata\.csv; name the one"),
     ],
 )

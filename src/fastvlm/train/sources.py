@@ -75,15 +75,16 @@ def open_source(path: Path, reading: Reading) -> Source:
     try:
         source = _open_folder(path, reading) if path.is_dir() else _open_file(path, reading)
     except OSError as error:
-        raise InputError(
-            f"{path}: {(error.strerror or str(error)).lower()}; --data names files or folders of samples"
-        ) from error
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"{path}: {reason}; --data names files or folders of samples") from error
     if not len(source):
         raise InputError(f"{path}: no samples")
     return source
 
 
 def _open_file(path: Path, reading: Reading) -> Source:
+    if path.exists() and not path.is_file():  # nobody may write to a pipe
+        raise InputError(f"{path} is neither a file nor a folder; --data names files or folders of samples")
     with path.open("rb") as file:
         head = file.read(512).removeprefix(_BOM)
     if head.startswith(b"PAR1"):
@@ -120,10 +121,10 @@ def _open_folder(path: Path, reading: Reading) -> Source:
         inside = Reading(images=PictureFolder(folder=path), caption_prompt=reading.caption_prompt)
         return _open_file(metadata[0], inside)
     pictures = sorted(entry for entry in path.rglob("*") if entry.suffix.lower() in PICTURE_SUFFIXES)
-    if not pictures:
+    if not any(_caption_of(picture) for picture in pictures):
         rows = [name for name in names if name.endswith((".json", ".jsonl", ".csv", ".tsv"))]
-        hint = f"; name the file {path / rows[0]}" if rows else "; expected pictures, tars or parquet files"
-        raise InputError(f"{path}: no samples in this folder{hint}")
+        hint = f"name the file {path / rows[0]}" if rows else "expected tars, parquet files, or pictures with captions"
+        raise InputError(f"{path}: no samples in this folder; {hint}")
     return CaptionFolder(path, pictures, reading.row)
 
 
@@ -203,10 +204,8 @@ class CaptionFolder:
     def read(self, index: int) -> Conversation:
         """Read a caption."""
         path = self._pictures[index]
-        places = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
-        place = next((place for place in places if place.is_file()), None)
-        if place is None:
-            raise InputError(f"no caption beside it; expected {places[0].name}")
+        if (place := _caption_of(path)) is None:
+            raise InputError(f"no caption beside it; expected {path.with_suffix(CAPTION_SUFFIXES[0]).name}")
         with place.open("rb") as file:
             raw = file.read(_MAX_CAPTION_BYTES + 1)
         if len(raw) > _MAX_CAPTION_BYTES:
@@ -216,6 +215,11 @@ class CaptionFolder:
         except UnicodeDecodeError as error:
             raise InputError(f"{place.name} is not UTF-8 text (byte {error.start})") from error
         return self._read({"caption": caption}, [Picture(name=str(path), path=path)])
+
+
+def _caption_of(picture: Path) -> Path | None:
+    places = (picture.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)
+    return next((place for place in places if place.is_file()), None)
 
 
 def _read_json(path: Path) -> list[Any]:
