@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastvlm.checkpoint import apple, huggingface, mlx
 from fastvlm.checkpoint.folder import staged_folder
+from fastvlm.checkpoint.adapter import is_adapter
 from fastvlm.checkpoint.load import Checkpoint, load
 from fastvlm.checkpoint.save import (
     CLIP_HEAD,
@@ -41,6 +42,7 @@ def convert(  # noqa: PLR0913
     *,
     vision: str | Path | None = None,
     language: str | Path | None = None,
+    base: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
@@ -53,6 +55,7 @@ def convert(  # noqa: PLR0913
         out: The folder to write.
         vision: As `load`.
         language: As `load`.
+        base: As `load`: an adapter is merged into it.
         dtype: What weights are converted to; None keeps each as stored. BatchNorm stays in float32.
         max_shard_bytes: Larger models are cut into several files.
         overwrite: Replace a checkpoint that is there; never one that is read.
@@ -63,10 +66,12 @@ def convert(  # noqa: PLR0913
     """
     if to not in TARGETS:
         raise CheckpointError(f"there is no layout {to!r}; expected one of {', '.join(TARGETS)}")
-    for read in (source, vision, language):
+    for read in (source, vision, language, base):
         if read is not None and Path(out).resolve().is_relative_to(Path(read).resolve()):
             raise CheckpointError(f"{out} lies in {read}, which is read; name another folder")
-    checkpoint = load(source, vision=vision, language=language)
+    # Updates are added in the format that is written, not rounded to the base's first.
+    merged_dtype = dtype if is_adapter(Path(source)) else None
+    checkpoint = load(source, vision=vision, language=language, base=base, dtype=merged_dtype)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     notes = [f"Tensors renamed from the layout {checkpoint.layout!r} to {to!r}, settings rewritten to match."]
     if to != "hf":
@@ -83,7 +88,7 @@ def convert(  # noqa: PLR0913
         elif to == "apple":
             _write_apple(place, entries, model.config, tokenizer, max_shard_bytes)
         else:
-            notes += _write_mlx(place, entries, model.config, tokenizer, max_shard_bytes)
+            notes += write_mlx(place, entries, model.config, tokenizer, max_shard_bytes=max_shard_bytes)
         write_licences(place, checkpoint, notes)
     return Path(out)
 
@@ -118,9 +123,26 @@ def _write_apple(
     write_generation_config(place, tokenizer, config.language.vocab_size)
 
 
-def _write_mlx(
-    place: Path, entries: dict[str, Entry], config: Config, tokenizer: Tokenizer, max_shard_bytes: int
+def write_mlx(  # noqa: PLR0913
+    place: Path,
+    entries: dict[str, Entry],
+    config: Config,
+    tokenizer: Tokenizer,
+    *,
+    bits: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[str]:
+    """Write what mlx-vlm loads into an empty folder; return what was changed.
+
+    Args:
+        place: The folder.
+        entries: The tensors under our names, the encoder re-parameterised.
+        config: The model's.
+        tokenizer: Its tokenizer.
+        bits: Quantise projector and language model to so many; None keeps floats. The encoder stays as it is, as MLX
+            has no quantised convolution.
+        max_shard_bytes: Larger models are cut into several files.
+    """
     notes = ["Convolutions laid out with channels last."]
     if CLIP_HEAD not in entries:
         shape, dtype = (config.vision.out_dim, 768), main_dtype(entries)
@@ -131,6 +153,9 @@ def _write_mlx(
         for name, entry in entries.items()
         if (stored_name := mlx.to_mlx(name)) is not None
     }
+    if bits is not None:
+        stored = quantised_entries(stored, bits)
+        notes.append(f"Projector and language model quantised to {bits} bits in groups of {mlx.GROUP_SIZE}.")
     write_weights(place, stored, max_shard_bytes, kind="mlx")
     tokenizer.write(place, with_image=False, with_vocab=True, max_length=_max_length(config))
     (place / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
@@ -144,10 +169,26 @@ def _write_mlx(
         "patch_size": config.vision.stride,
     }
     sections = {"image_token_index": -200, "text_config": text_config, "vision_config": vision_config}
-    write_json(place / "config.json", raw | sections)
+    write_json(place / "config.json", raw | sections | mlx.quantisation(bits))
     write_json(place / "preprocessor_config.json", huggingface.preprocessor_config(config))
     write_generation_config(place, tokenizer, config.language.vocab_size)
     return notes
+
+
+def quantised_entries(stored: dict[str, Entry], bits: int) -> dict[str, Entry]:
+    """Put packed numbers, scales and biases in the place of the matrices outside of the encoder, under stored names."""
+    found: dict[str, Entry] = {}
+    for name, entry in stored.items():
+        if mlx.can_quantise(name, entry.shape):
+            base = name.removesuffix(".weight")
+            groups = (entry.shape[0], entry.shape[1] // mlx.GROUP_SIZE)
+            parts = mlx.Quantised(entry.make, bits)
+            found[name] = Entry((entry.shape[0], entry.shape[1] * bits // 32), torch.uint32, parts.packed)
+            found[f"{base}.scales"] = Entry(groups, entry.dtype, parts.scales)
+            found[f"{base}.biases"] = Entry(groups, entry.dtype, parts.biases)
+        else:
+            found[name] = entry
+    return found
 
 
 def _channels_last(entry: Entry, name: str) -> Entry:

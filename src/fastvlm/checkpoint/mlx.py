@@ -1,6 +1,7 @@
 """mlx-vlm's layout and Apple's iOS bundle: channels last, weights perhaps quantised."""
 
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ VISION: Final = "vision_tower.vision_model."
 _PROJECTOR: Final = {"0": "fc1", "2": "fc2"}
 _QUANTISATION: Final = ("quantization", "quantization_config")  # mlx-vlm writes the same under both
 BITS: Final = (2, 3, 4, 5, 6, 8)
+GROUP_SIZE: Final = 64  # what mlx-vlm and Apple's bundles take
 
 
 def rename(name: str) -> str | None:
@@ -157,3 +159,70 @@ def dequantise(packed: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Ten
         numbers = (single.view(rows, -1, bits).int() * weights).sum(-1)
     grouped = numbers.reshape(rows, scales.shape[1], -1).to(scales.dtype)
     return (grouped * scales[..., None] + biases[..., None]).view(rows, -1)
+
+
+def quantise(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pack a matrix as MLX does, in groups of 64 columns; `dequantise` is the way back.
+
+    The end of a group's range that is farther from zero is met exactly, and so is zero (`affine_quantize` of MLX).
+
+    Args:
+        weight: `(rows, columns)`; columns are a multiple of the group.
+        bits: 4 or 8.
+
+    Returns:
+        Packed numbers `(rows, columns * bits / 32)`, uint32; scales and biases `(rows, groups)`, of the weight's dtype.
+    """
+    rows = weight.shape[0]
+    groups = weight.float().view(rows, -1, GROUP_SIZE)
+    low, high = groups.amin(-1), groups.amax(-1)  # (rows, groups)
+    is_low_farther = low.abs() > high.abs()
+    width = ((high - low) / (2**bits - 1)).clamp(min=1e-7)
+    scale = torch.where(is_low_farther, width, -width)
+    edge = torch.where(is_low_farther, low, high)
+    steps = (edge / scale).round()
+    scale = torch.where(steps == 0, scale, edge / steps)
+    bias = torch.where(steps == 0, torch.zeros_like(edge), edge)
+    numbers = ((groups - bias[..., None]) / scale[..., None]).round().clamp(0, 2**bits - 1).int()
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    words = (numbers.view(rows, -1, 32 // bits) << shifts).sum(-1, dtype=torch.int32)  # bits do not overlap
+    return words.view(torch.uint32), scale.to(weight.dtype), bias.to(weight.dtype)
+
+
+class Quantised:
+    """The three tensors of one quantised matrix, made when they are asked for: the packed one is not kept."""
+
+    def __init__(self, make: Callable[[], Tensor], bits: int) -> None:
+        self._make, self._bits = make, bits
+        self._small: tuple[Tensor, Tensor] | None = None
+
+    def packed(self) -> Tensor:
+        """Return the numbers."""
+        packed, scales, biases = quantise(self._make(), self._bits)
+        self._small = scales, biases
+        return packed
+
+    def scales(self) -> Tensor:
+        """Return one scale a group."""
+        return self._both()[0]
+
+    def biases(self) -> Tensor:
+        """Return one bias a group."""
+        return self._both()[1]
+
+    def _both(self) -> tuple[Tensor, Tensor]:
+        if self._small is None:
+            self.packed()
+        assert self._small is not None
+        return self._small
+
+
+def can_quantise(stored_name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a stored tensor is a matrix of projector or language model whose rows are whole groups."""
+    is_matrix = stored_name.endswith(".weight") and len(shape) == 2 and shape[1] % GROUP_SIZE == 0
+    return is_matrix and not stored_name.startswith("vision_tower.")
+
+
+def quantisation(bits: int | None) -> dict[str, Any]:
+    """What `config.json` says of it, under both names that readers look for."""
+    return {} if bits is None else {key: {"group_size": GROUP_SIZE, "bits": bits} for key in _QUANTISATION}

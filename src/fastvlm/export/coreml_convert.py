@@ -1,0 +1,183 @@
+"""A traced module to a saved Core ML package, in float32, in float16 with islands of float32, or with int8 weights.
+
+In float16 some operations stay in float32, the islands: those whose values come near 65,504, where float16 ends
+(Apple's encoder does so at 1024 pixels), and those that add up many values, squares, or angles. What comes near is
+measured on examples, by executing the float32 package.
+"""
+
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram, export
+
+from fastvlm.export.coreml_interpreter import Program
+from fastvlm.export.parts import needs
+from fastvlm.options import Precision
+
+_LOG: Final = logging.getLogger(__name__)
+LIMIT: Final = 65_504 / 8  # other inputs may reach further than the examples
+_SUMS: Final = ("layer_norm", "reduce_mean")  # of squares, or of a whole map: they overflow inside
+_NORM_STEPS: Final = 3  # from the inverse root of an RMSNorm back to the squares
+_NARROW: Final = 4  # channels that one kernel sees: three in the first convolution, one in a depthwise one
+_DEBUG_FILE: Final = "executorch_debug_handle_mapping.json"
+
+Examples = Callable[[], Iterable[Mapping[str, Tensor]]]
+"""Makes inputs by name, as the package will see them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """An input of a package; a pair among the sizes is a range, both ends included."""
+
+    name: str
+    shape: tuple[int | tuple[int, int], ...]
+    dtype: type[np.generic] = np.float32
+
+
+def traced(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any = None) -> ExportedProgram:
+    """Trace a module on example inputs; `shapes` says which sizes may vary, as `torch.export` takes it."""
+    with quiet(), torch.no_grad():
+        traced = export(module, inputs, dynamic_shapes=shapes)
+        return traced.run_decompositions(
+            {
+                # coremltools adds the epsilon of its own RMSNorm after dividing by the largest value, which is another
+                # function, and spreads heads by sizes that it does not know.
+                torch.ops.aten.rms_norm.default: _rms_norm,
+                torch.ops.aten.scaled_dot_product_attention.default: _attention,
+            }
+        )
+
+
+def _rms_norm(x: Tensor, shape: list[int], weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    scores = query * query.shape[-1] ** -0.5 @ key.mT
+    return (scores if attn_mask is None else scores + attn_mask).softmax(-1) @ value
+
+
+def write_package(  # noqa: PLR0913  (a package is described by its border)
+    exported: ExportedProgram,
+    path: Path,
+    *,
+    inputs: Sequence[Input],
+    output: str,
+    precision: Precision,
+    examples: Examples,
+) -> None:
+    """Convert and save.
+
+    Args:
+        exported: The module, traced; its only output will be called `output`.
+        path: The `.mlpackage` to write.
+        inputs: In the module's order.
+        output: Name of the output, which is float32 whatever the precision.
+        precision: `fp32`, `fp16`, or `int8`: float16, weights of int8 with a scale and a zero point each channel.
+        examples: Asked for unless the precision is `fp32`, to find the islands.
+    """
+    with quiet():
+        (ct,) = needs("coreml", "coremltools")
+        if precision == "fp32":
+            _save(_converted(ct, exported, inputs, output, ct.precision.FLOAT32), path)
+            return
+        draft = path.with_name("draft.mlpackage")
+        _save(_converted(ct, exported, inputs, output, ct.precision.FLOAT32), draft)
+        islands = find_islands(Program(draft), examples())
+        shutil.rmtree(draft)
+        in_float16 = ct.transform.FP16ComputePrecision(op_selector=lambda operation: not islands.hold(operation))
+        model = _converted(ct, exported, inputs, output, in_float16)
+        _save(_with_int8_weights(ct, model) if precision == "int8" else model, path)
+    _LOG.info("%s: %d values stay in float32", path.name, len(islands.results))
+
+
+@dataclass(frozen=True)
+class Islands:
+    """What stays in float32, by the names of values.
+
+    Attributes:
+        large: Values that come near the end of float16; nobody may read them in float16.
+        results: Values that are computed in float32, the large ones among them.
+    """
+
+    large: frozenset[str]
+    results: frozenset[str]
+
+    def hold(self, operation: Any) -> bool:
+        """Whether an operation of coremltools' program computes in float32."""
+        reads = {var.name for value in operation.inputs.values() for var in _variables(value)}
+        return bool(self.large & reads or self.results & {var.name for var in operation.outputs})
+
+
+def find_islands(program: Program, examples: Iterable[Mapping[str, Tensor]]) -> Islands:
+    """Execute a float32 program on examples, and say what float16 could not hold or would blur."""
+    large: set[str] = set()
+
+    def watch(name: str, value: Tensor) -> None:
+        if value.numel() and not float(value.abs().max()) <= LIMIT:  # written so that NaN counts as large
+            large.add(name)
+
+    with torch.inference_mode():
+        for example in examples:
+            program.run(example, program.new_state(), watch=watch)
+    angles = program.behind(("cos", "sin"), steps=len(large) + 100)
+    norms = program.behind(("rsqrt",), steps=_NORM_STEPS)
+    return Islands(frozenset(large), frozenset(large | program.results(_SUMS) | angles | norms))
+
+
+def _variables(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _converted(ct: Any, exported: ExportedProgram, inputs: Sequence[Input], output: str, precision: Any) -> Any:
+    def size(each: int | tuple[int, int]) -> Any:
+        return ct.RangeDim(*each) if isinstance(each, tuple) else each
+
+    has_state = bool(exported.graph_signature.buffers_to_mutate)
+    return ct.convert(
+        exported,
+        inputs=[
+            ct.TensorType(each.name, shape=tuple(size(each_size) for each_size in each.shape), dtype=each.dtype)
+            for each in inputs
+        ],
+        outputs=[ct.TensorType(output, dtype=np.float32)],
+        convert_to="mlprogram",
+        # A state needs iOS 18 or macOS 15.
+        minimum_deployment_target=ct.target.iOS18 if has_state else ct.target.iOS16,
+        compute_precision=precision,
+        skip_model_load=True,
+    )
+
+
+def _with_int8_weights(ct: Any, model: Any) -> Any:
+    """Quantise what is large: depthwise kernels are a hundredth of the weights and a third of the error."""
+    optimize = ct.optimize.coreml
+    linear = optimize.OpLinearQuantizerConfig(mode="linear", dtype="int8", granularity="per_channel")
+    weights = optimize.get_weights_metadata(model, weight_threshold=linear.weight_threshold)
+    narrow = {name: None for name, weight in weights.items() if weight.val.ndim == 4 and weight.val.shape[1] <= _NARROW}
+    return optimize.linear_quantize_weights(
+        model, optimize.OptimizationConfig(global_config=linear, op_name_configs=narrow)
+    )
+
+
+def _save(model: Any, path: Path) -> None:
+    model.save(str(path))
+    (path / _DEBUG_FILE).unlink(missing_ok=True)  # of use only beside the exported program, which is not kept
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep coremltools' progress bars and remarks off standard error: the user can do nothing about them."""
+    with redirect_stderr(StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

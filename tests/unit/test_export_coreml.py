@@ -1,0 +1,264 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from fastvlm.config import Config, LanguageConfig, ProjectorConfig, VisionConfig
+from fastvlm.errors import ExportError
+from fastvlm.model import fold
+from fastvlm.model.fastvlm import FastVLM
+from fastvlm.model.initialise import initial_values
+
+pytest.importorskip("coremltools", exc_type=ImportError)
+
+from fastvlm.export import coreml
+from fastvlm.export.coreml_convert import Input, find_islands, traced, write_package
+from fastvlm.export.coreml_interpreter import Program
+
+CONFIG = Config(
+    vision=VisionConfig(image_size=64, depths=(1, 1), dims=(16, 32), head_dim=16, num_attention_stages=1),
+    projector=ProjectorConfig(in_dim=64, out_dim=48),
+    language=LanguageConfig(
+        dim=48, num_layers=2, num_heads=6, num_kv_heads=2, mlp_dim=64, vocab_size=96, tied=True, max_positions=64
+    ),
+)
+pytestmark = pytest.mark.xdist_group("coreml")
+
+
+def small_model(seed=0):
+    model = FastVLM(CONFIG)
+    model.load_state_dict({name: make() for name, make in initial_values(model, seed).items()})
+    return fold.for_inference(model)
+
+
+def pixels(num_images=1):
+    return torch.rand(num_images, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def package(module, example, path, *, precision="fp32", examples=None, batch=None):
+    shapes = None if batch is None else {next(iter(module.forward.__code__.co_varnames[1:2])): {0: batch}}
+    size = 1 if batch is None else (1, 8)
+    write_package(
+        traced(module, (example,), shapes),
+        path,
+        inputs=[Input(name="x", shape=(size, *example.shape[1:]))],
+        output="y",
+        precision=precision,
+        examples=lambda: ({"x": each} for each in (examples or [example])),
+    )
+    return Program(path)
+
+
+def relative(found, wanted):
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+class Amplifier(nn.Module):
+    """Multiplies by a million and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 1)
+        with torch.no_grad():
+            self.up.weight.mul_(1e6)
+            self.down.weight.mul_(1e-6)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return small_model().vision
+
+
+@pytest.fixture(scope="module")
+def encoder_package(encoder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("coreml") / "encoder.mlpackage"
+    package(encoder, pixels(), path)
+    return path
+
+
+@torch.inference_mode()
+def test_the_saved_encoder_computes_what_eager_computes(encoder, encoder_package):
+    found = Program(encoder_package).run({"x": pixels()})["y"]
+
+    assert relative(found, encoder(pixels())) < 1e-5
+
+
+@torch.inference_mode()
+def test_one_changed_weight_in_the_file_shows(encoder, encoder_package, tmp_path):
+    copy = tmp_path / "copy.mlpackage"
+    copy.mkdir()
+    for path in encoder_package.rglob("*"):
+        target = copy / path.relative_to(encoder_package)
+        target.mkdir(exist_ok=True) if path.is_dir() else target.write_bytes(path.read_bytes())
+    weight = encoder.stem[0].reparam_conv.weight.detach()
+    value = weight.flatten()[weight.abs().argmax()].numpy().tobytes()
+    file = copy / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    stored = file.read_bytes()
+    assert stored.count(value) == 1
+
+    flipped = value[:3] + bytes([value[3] ^ 0x80])  # the sign
+    file.write_bytes(stored.replace(value, flipped))
+
+    found = Program(copy).run({"x": pixels()})["y"]
+    assert relative(found, encoder(pixels())) > 1e-3
+
+
+def test_a_file_of_weights_that_was_cut_is_named(encoder_package, tmp_path):
+    copy = tmp_path / "copy.mlpackage"
+    copy.mkdir()
+    for path in encoder_package.rglob("*"):
+        target = copy / path.relative_to(encoder_package)
+        target.mkdir(exist_ok=True) if path.is_dir() else target.write_bytes(path.read_bytes())
+    file = copy / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    file.write_bytes(bytes(64) + file.read_bytes()[128:])
+
+    with pytest.raises(ExportError, match=r"weight\.bin; is it damaged"):
+        Program(copy)
+
+
+@torch.inference_mode()
+def test_an_encoder_takes_several_pictures(encoder, tmp_path):
+    from torch.export import Dim
+
+    program = package(encoder, pixels(2), tmp_path / "e.mlpackage", batch=Dim("P", min=1, max=8))
+
+    for count in (1, 3):
+        assert relative(program.run({"x": pixels(count)})["y"], encoder(pixels(count))) < 1e-5
+
+
+@torch.inference_mode()
+def test_float16_is_really_rounded_to(tmp_path):
+    module = nn.Conv2d(3, 3, 1).eval()
+    example = torch.rand(1, 3, 4, 4)
+
+    program = package(module, example, tmp_path / "m.mlpackage", precision="fp16")
+    found = program.run({"x": example})["y"]
+    beyond = program.run({"x": example * 1e6})["y"]
+
+    wanted = module.half().float()(example.half().float())
+    assert torch.equal(found, wanted.half().float())
+    assert not torch.isfinite(beyond).all()
+
+
+@torch.inference_mode()
+def test_float16_keeps_large_values_in_float32(tmp_path):
+    module, example = Amplifier().eval(), torch.rand(1, 3, 8, 8)
+    assert module.up(example).abs().max() > 65_504
+
+    with_islands = package(module, example, tmp_path / "a.mlpackage", precision="fp16")
+    without = package(module, example, tmp_path / "b.mlpackage", precision="fp16", examples=[example * 0])
+
+    assert relative(with_islands.run({"x": example})["y"], module(example)) < 1e-2
+    assert not torch.isfinite(without.run({"x": example})["y"]).all()
+
+
+@torch.inference_mode()
+@pytest.mark.slow
+def test_an_encoder_beyond_float16_is_within_a_hundredth_in_it(tmp_path):
+    encoder = small_model().vision
+    block, after = encoder.stages[0].blocks[0], encoder.stages[1].downsample.proj[0].reparam_conv
+    block.mlp.fc2.weight.mul_(1e6)
+    block.mlp.fc2.bias.mul_(1e6)
+    after.weight.mul_(1e-6)
+    largest = []
+    block.register_forward_hook(lambda module, inputs, output: largest.append(float(output.abs().max())))
+    wanted = encoder(pixels())
+    assert largest[-1] > 65_504
+
+    fp32 = package(encoder, pixels(), tmp_path / "fp32.mlpackage")
+    fp16 = package(encoder, pixels(), tmp_path / "fp16.mlpackage", precision="fp16")
+
+    assert relative(fp32.run({"x": pixels()})["y"], wanted) < 1e-3
+    found = fp16.run({"x": pixels()})["y"]
+    assert torch.isfinite(found).all()
+    assert relative(found, wanted) < 1e-2
+    assert 0 < len(find_islands(fp32, [{"x": pixels()}]).large) < 20
+
+
+@torch.inference_mode()
+@pytest.mark.slow
+def test_int8_weights_are_small_and_near(encoder, encoder_package, tmp_path):
+    program = package(encoder, pixels(), tmp_path / "int8.mlpackage", precision="int8")
+
+    found, wanted = program.run({"x": pixels()})["y"].double(), encoder(pixels()).double()
+
+    assert torch.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.999
+    weights = "Data/com.apple.CoreML/weights/weight.bin"
+    ratio = (tmp_path / "int8.mlpackage" / weights).stat().st_size / (encoder_package / weights).stat().st_size
+    assert ratio < 0.5  # narrow kernels stay, and are a larger share here than in a real encoder
+
+
+@pytest.fixture(scope="module")
+def language_package(tmp_path_factory):
+    path = tmp_path_factory.mktemp("coreml") / "language.mlpackage"
+    coreml.write_language(small_model().language, path, precision="fp32", sentences=lambda: ())
+    return path
+
+
+def sentence(num_tokens):
+    return torch.randn(1, num_tokens, 48, generator=torch.Generator().manual_seed(2))
+
+
+@torch.inference_mode()
+def test_the_language_model_reads_on_from_its_state(language_package):
+    model, embeds = small_model(), sentence(20)
+    wanted = model.language.head(model.language(embeds))[0]
+    step = coreml.begin(coreml.Runner(language_package))
+
+    found = torch.cat([step(embeds[:, a:b]) for a, b in ((0, 7), (7, 8), (8, 17), (17, 20))])
+
+    assert_close(found, wanted[[6, 7, 16, 19]], rtol=0, atol=5e-3 * float(wanted.abs().max()))  # the cache is float16
+
+
+@torch.inference_mode()
+def test_two_sentences_do_not_mix(language_package):
+    runner = coreml.Runner(language_package)
+    first, second = coreml.begin(runner), coreml.begin(runner)
+
+    first(sentence(9))
+
+    assert torch.equal(second(sentence(5)), coreml.begin(runner)(sentence(5)))
+
+
+@torch.inference_mode()
+def test_token_ids_and_their_embeddings_mean_the_same(language_package):
+    model, token_ids = small_model(), torch.tensor([[5, 17, 95, 0]])
+    embed = coreml.embedder(language_package)
+
+    assert_close(embed(token_ids), model.language.embed(token_ids))
+    program, zeros = Program(language_package), torch.zeros(1, 4, 48)
+    inputs = coreml.language_inputs(model.language.embed(token_ids), 0)
+    by_id = inputs | {"token_ids": token_ids, "image_embeds": zeros, "is_image": torch.zeros(1, 4, 1)}
+    found = program.run(by_id, program.new_state())["logits"]
+    assert_close(found, program.run(inputs, program.new_state())["logits"])
+
+
+@torch.inference_mode()
+@pytest.mark.slow
+def test_the_language_model_in_float16_computes_angles_and_norms_in_float32(tmp_path):
+    model, embeds = small_model(), sentence(40) * 20
+    wanted = model.language.head(model.language(embeds))[0, -1]
+    path = tmp_path / "language.mlpackage"
+
+    coreml.write_language(
+        model.language, path, precision="fp16", sentences=lambda: [coreml.language_inputs(embeds[:, :9], 0)]
+    )
+
+    found = coreml.begin(coreml.Runner(path))(embeds)[0]
+    assert relative(found, wanted) < 1e-2
+    program = Program(path)
+    assert program.results(("cos", "sin", "rsqrt", "reduce_mean"), dtype=[torch.float16]) == set()
+    assert program.results(("linear", "softmax"), dtype=[torch.float32]) == set()
+
+
+def test_the_context_ends_where_the_model_ends():
+    assert coreml.context(CONFIG.language) == 64
+    assert coreml.context(replace(CONFIG.language, max_positions=32_768)) == coreml.CONTEXT
+    assert math.isfinite(torch.tensor(coreml.MASKED).half())
