@@ -15,13 +15,14 @@ from fastvlm.synth.degrade import degrade
 from fastvlm.synth.handwriting import Scribe, Wish
 from fastvlm.synth.kinds import KINDS
 from fastvlm.synth.looks import Looks
+from fastvlm.synth.marks import labels
 from fastvlm.synth.notes import Writer
 from fastvlm.synth.phrases import Phrases, core
 from fastvlm.synth.questions import absent
 from fastvlm.synth.rivals import are_rivals
 from fastvlm.synth.sample import TASKS
 from fastvlm.synth.scene import Scene, Subject, Thing, place_of
-from fastvlm.synth.sprites import Sprites
+from fastvlm.synth.sprites import Sprites, turned
 from fastvlm.synth.studio import Studio
 
 SIDE = 192
@@ -345,10 +346,54 @@ def test_letters_are_drawn_as_high_as_wished(assets, height, text) -> None:
 
     drawn = [Scribe(assets, "train").write((text,), 0, wish, Random(seed)) for seed in range(8)]
 
-    for ink, said in drawn:
-        rows = np.nonzero(np.asarray(ink).max(axis=1) > 100)[0]
-        assert said == pytest.approx(height)
+    for ink in drawn:
+        rows = np.nonzero(np.asarray(ink.mask).max(axis=1) > 100)[0]
+        assert ink.height == pytest.approx(height)
         assert np.ptp(rows) + 1 == pytest.approx(height, abs=1.5 + 0.08 * height)  # some strokes are bold
+
+
+@pytest.mark.parametrize("angle", [-15.0, 0.0, 12.0])
+def test_letters_are_marked_where_their_ink_is(assets, angle) -> None:
+    wish = Wish(height=40.0, room=(384, 384), angle=angle)
+
+    for seed in range(20):  # some hands are unsteady
+        ink = Scribe(assets, "train").write(("o   o",), 0, wish, Random(seed))
+
+        columns = np.asarray(ink.mask).max(axis=0) > 100
+        middle = columns.size // 2
+        for (char, (x, y)), half in zip(ink.letters, (columns[:middle], columns[middle:]), strict=True):
+            start = 0 if half is columns[:middle] or x < middle else middle
+            left, right = np.nonzero(half)[0][[0, -1]] + start
+            rows = np.nonzero(np.asarray(ink.mask)[:, left : right + 1].max(axis=1) > 100)[0]
+            assert char == "o"
+            assert x == pytest.approx((left + right) / 2, abs=4)
+            assert y == pytest.approx((rows[0] + rows[-1]) / 2, abs=4)
+
+
+def test_points_follow_a_picture_that_is_turned() -> None:
+    dot = Image.new("RGB", (200, 150))
+    dot.paste((255, 255, 255), (28, 38, 33, 43))
+
+    found = [degrade(dot.copy(), Random(seed)) for seed in range(300)]
+
+    seen = 0
+    for image, angle in found:
+        light = np.asarray(image.convert("L")).astype(float)[8:-8, 8:-8]  # some get a frame
+        if abs(angle) > 1 and light.max() > 100:
+            rows, columns = np.nonzero(light > 0.7 * light.max())
+            x, y = turned((30.5, 40.5), dot.size, dot.size, 1.0, angle)
+            seen += 1
+            assert (columns.mean() + 8.5, rows.mean() + 8.5) == pytest.approx((x, y), abs=1.5)
+    assert seen >= 5
+
+
+def test_every_mark_has_a_known_label_and_lies_in_the_picture(studio) -> None:
+    known = set(labels())
+    found = [mark for seed in range(60) for mark in studio.sample(seed, split="train").marks]
+
+    assert {mark.label for mark in found} <= known
+    assert all(0 <= mark.x <= 1 and 0 <= mark.y <= 1 for mark in found)
+    assert any(mark.label.startswith("letter ") for mark in found)
 
 
 def slant(scene: Scene) -> float:
@@ -419,7 +464,7 @@ def test_jpeg_and_blur_are_seen_in_the_pixels() -> None:
     ImageDraw.Draw(edge).rectangle((83, 0, 160, 160), fill=(200, 200, 200))
 
     def spoil(seed: int, *, gentle: bool = False) -> Image.Image:
-        return degrade(edge.copy(), Random(seed), gentle=gentle)
+        return degrade(edge.copy(), Random(seed), gentle=gentle)[0]
 
     def steepness(image: Image.Image) -> float:
         """The largest step across the edge, as a share of its height: 1 where it is sharp."""

@@ -16,15 +16,26 @@ SHARES = {"jpeg": 0.42, "soften": 0.26, "grain": 0.2, "tone": 0.34, "tilt": 0.06
 """How often each happens to the others, independently."""
 
 
-def degrade(image: Image.Image, rng: Random, *, gentle: bool = False) -> Image.Image:
-    """Spoil a picture a little, never so much that a person could not answer; `gentle` spares small details."""
+def degrade(image: Image.Image, rng: Random, *, gentle: bool = False) -> tuple[Image.Image, float]:
+    """Spoil a picture a little, never so much that a person could not answer.
+
+    Args:
+        image: The picture; may be changed.
+        rng: Decides what happens.
+        gentle: Spare small details.
+
+    Returns:
+        The picture, and by how many degrees it was turned.
+    """
     if rng.random() < CLEAN:
-        return image
+        return image, 0.0
+    angle = 0.0
     chosen = {name for name, share in SHARES.items() if rng.random() < share}
     if "frame" in chosen:
         _frame(image, rng)
     if "tilt" in chosen:
-        image = _tilt(image, rng)
+        angle = rng.uniform(-4, 4)
+        image = _tilt(image, angle)
     if "vignette" in chosen:
         image = _vignette(image, rng)
     if "tone" in chosen:
@@ -37,7 +48,7 @@ def degrade(image: Image.Image, rng: Random, *, gentle: bool = False) -> Image.I
         image = ImageChops.add(image, noise.grain_window(image.size, rng).point(table), 1, -128)
     if "jpeg" in chosen:
         image = _jpeg(image, rng.randint(55 if gentle else 30, 95))
-    return image
+    return image, angle
 
 
 def _jpeg(image: Image.Image, quality: int) -> Image.Image:
@@ -65,10 +76,9 @@ def _tone_table(rng: Random) -> list[int]:
     return table
 
 
-def _tilt(image: Image.Image, rng: Random) -> Image.Image:
+def _tilt(image: Image.Image, angle: float) -> Image.Image:
     """Turn by a few degrees about the middle; the corners take the colour of the border."""
     corner: RGB = image.getpixel((1, 1))  # type: ignore[assignment]
-    angle = rng.uniform(-4, 4)
     return image.rotate(angle, Image.Resampling.BILINEAR, fillcolor=corner)
 
 

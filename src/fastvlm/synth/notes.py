@@ -38,9 +38,10 @@ class Writer:
             index, lines = self._scribe.choose(lines, rng)
             height = rng.uniform(LETTERS[0], 28 if is_small else LETTERS[1]) * unit
             wish = Wish(height=height, room=(0.96 * size[0] - 4, 0.96 * size[1] - 4), angle=angle)
-            ink, height = self._scribe.write(lines, index, wish, rng)
-            if height >= 0.97 * LETTERS[0] * unit:
+            written = self._scribe.write(lines, index, wish, rng)
+            if written.height >= 0.97 * LETTERS[0] * unit:
                 break
+        ink = written.mask
         left = canvas.between(rng, 2, size[0] - ink.width - 2)
         top = canvas.between(rng, 2, size[1] - ink.height - 2)
         if rng.random() < 0.25 and not is_small:
@@ -61,7 +62,8 @@ class Writer:
             ink=None if name == "dark" else name,
             text_spot=thing_at(Subject("text", "texts"), (left, top), ink.size, size),
             font=self._scribe.family(index),
-            height=height / max(size),
+            height=written.height / max(size),
+            letters=[(char, ((left + x) / size[0], (top + y) / size[1])) for char, (x, y) in written.letters],
         )
 
 

@@ -19,6 +19,15 @@ class Turn:
     answer: str
 
 
+@dataclass(frozen=True)
+class Mark:
+    """One label at one point, in shares of the picture's width and height."""
+
+    label: str
+    x: float
+    y: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """A picture as a user would hand it in, and what is asked about it; the first turn is the sample's task."""
@@ -28,5 +37,7 @@ class Sample:
     task: str
     facts: dict[str, Any]
     """What a scorer needs, as plain values: `count` and `kind`, `text`, `name`, `answer` or `required`."""
+    marks: tuple[Mark, ...] = ()
+    """What is where in the picture."""
     traits: dict[str, Any] = field(default_factory=dict)
     """How hard the picture is, as plain values: `size`, `others`, `look`, `background`; `font` and `height` of text."""

@@ -58,6 +58,8 @@ class Scene:
     """Family of the handwriting."""
     height: float | None = None
     """Of its letters, as a share of the picture's longest side."""
+    letters: list[tuple[str, tuple[float, float]]] = field(default_factory=list)
+    """Each character and its middle, in shares of width and height; spaces are left out."""
     visible: list[float] = field(default_factory=list)
     """Share of each thing that no other thing covers."""
 

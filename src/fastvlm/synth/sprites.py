@@ -139,3 +139,12 @@ def turn(image: Image.Image, size: float, angle: float, is_mirrored: bool = Fals
     down = image.height / 2 - c * width / 2 - d * height / 2
     bilinear = Image.Resampling.BILINEAR
     return image.transform((width, height), Image.Transform.AFFINE, (a, b, across, c, d, down), bilinear)
+
+
+def turned(
+    point: tuple[float, float], before: tuple[int, int], after: tuple[int, int], scale: float, angle: float
+) -> tuple[float, float]:
+    """Where a point of an image of size `before` is once `turn` has made it one of size `after`."""
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    x, y = scale * (point[0] - before[0] / 2), scale * (point[1] - before[1] / 2)
+    return after[0] / 2 + cos * x + sin * y, after[1] / 2 - sin * x + cos * y

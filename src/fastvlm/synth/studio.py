@@ -8,12 +8,13 @@ from fastvlm.synth.compose import Painter
 from fastvlm.synth.degrade import degrade
 from fastvlm.synth.handwriting import Scribe
 from fastvlm.synth.looks import Looks
+from fastvlm.synth.marks import marks_of
 from fastvlm.synth.notes import Writer
 from fastvlm.synth.phrases import Phrases
 from fastvlm.synth.questions import LARGEST_COUNT, Asked, absent, ask
-from fastvlm.synth.sample import TASKS, Sample, Split
+from fastvlm.synth.sample import TASKS, Mark, Sample, Split
 from fastvlm.synth.scene import Scene, Subject
-from fastvlm.synth.sprites import Sprites
+from fastvlm.synth.sprites import Sprites, turned
 
 SHARES = {
     "counting": 0.3, "reading": 0.27, "emoji": 0.13, "description": 0.12, "yes_no": 0.06, "colour": 0.06, "place": 0.06,
@@ -58,11 +59,13 @@ class Studio:
             if asked is not None:
                 break
         smallest = min((min(thing.size[0], thing.size[1]) for thing in scene.things), default=1.0)
-        image = degrade(scene.image, rng, gentle=smallest < 0.06)
+        image, angle = degrade(scene.image, rng, gentle=smallest < 0.06)
         turns = [asked[0]]
         if split == "train":
             turns += [turn for turn, _ in _more(task, scene, rng)]
-        return Sample(image=image, turns=tuple(turns), task=task, facts=asked[1], traits=_traits(scene, asked[1]))
+        marks = tuple(_turned(mark, image.size, angle) for mark in marks_of(scene))
+        traits = _traits(scene, asked[1])
+        return Sample(image=image, turns=tuple(turns), task=task, facts=asked[1], marks=marks, traits=traits)
 
     def _stage(self, task: str, split: Split, rng: Random) -> tuple[Scene, Subject | None]:
         """Draw a scene that suits the task, and say what to ask about (None: anything)."""
@@ -79,6 +82,14 @@ class Studio:
         if task == "colour":
             return self._painter.coloured_scene(rng), None
         return self._painter.mixed_scene(rng), None
+
+
+def _turned(mark: Mark, size: tuple[int, int], angle: float) -> Mark:
+    """Where a mark is after the whole picture was turned about its middle."""
+    if not angle:
+        return mark
+    x, y = turned((mark.x * size[0], mark.y * size[1]), size, size, 1.0, angle)
+    return Mark(mark.label, x / size[0], y / size[1])
 
 
 def _traits(scene: Scene, facts: dict[str, Any]) -> dict[str, Any]:
