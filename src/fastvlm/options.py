@@ -460,24 +460,13 @@ class LoadOptions:
     model: Annotated[str | None, arg(aliases=("--model-path",))] = None
     """Short name (see `fastvlm models list`), or a checkpoint folder in any layout we read; by default nano."""
     model_base: str | None = None
-    """Apple's spelling for unmerged adapters, which are not read: give the merged checkpoint as --model."""
+    """The model that an adapter given as --model belongs to; by default the one that the adapter names."""
     vision: str | None = None
     """A second folder or file with the vision encoder, for Apple's iOS bundles."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Format of the weights; auto is bfloat16 where the hardware multiplies it, else float32."""
-
-    def __post_init__(self) -> None:
-        """Refuse what is understood but not done.
-
-        Raises:
-            InputError: There is a base model.
-        """
-        if self.model_base is not None:
-            raise InputError(
-                f"model_base {self.model_base!r}: adapters are not read; give the merged checkpoint as --model"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -610,6 +599,8 @@ class ConvertOptions:
     """The folder to write."""
     vision: str | None = None
     """A second folder or file with the vision encoder, for Apple's iOS bundles."""
+    model_base: str | None = None
+    """The model that an adapter given as --model is merged into; by default the one that the adapter names."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Convert the weights; by default each stays as stored. BatchNorm stays in float32."""
     overwrite: bool = False

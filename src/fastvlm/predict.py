@@ -387,14 +387,16 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     vision: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> Predictor:
-    """Load a model: `nano`, a short name of the zoo, or a folder in any layout that we read.
+    """Load a model: `nano`, a short name of the zoo, or a folder in any layout that we read, or with an adapter.
 
     Args:
         name_or_folder: What to load.
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, float32, bfloat16 or float16.
         vision: A second folder with the vision encoder, for Apple's iOS bundles.
+        base: The model that an adapter belongs to; by default the one that the adapter names.
 
     Raises:
         CheckpointError: Nothing there that can be read, or weights missing, left over or misshapen.
@@ -403,6 +405,6 @@ def load(
     start = time.perf_counter()
     placement = place(device, dtype)
     folder = resolve(str(name_or_folder))
-    checkpoint = load_checkpoint(folder, vision=vision, dtype=placement.dtype)
+    checkpoint = load_checkpoint(folder, vision=vision, base=base, dtype=placement.dtype)
     load_ms = 1000 * (time.perf_counter() - start)
     return Predictor(checkpoint.model, checkpoint.tokenizer, placement, name=str(name_or_folder), load_ms=load_ms)

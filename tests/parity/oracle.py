@@ -55,6 +55,32 @@ def logits(folder: str, inputs: str, out: str) -> None:
         save_file({"logits": model(**load_file(inputs)).logits.contiguous()}, out)
 
 
+def adapter_logits(base: str, folder: str, inputs: str, out: str) -> None:
+    """Compute all logits of a `fast_vlm` folder with the LoRA adapter of another, as peft applies it."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(load_strictly(base), folder)
+    found = model.load_adapter(folder, "again")  # says what it did not find, or did not know
+    strange = [name for name in [*found.missing_keys, *found.unexpected_keys] if "again" in name]
+    if strange:
+        raise SystemExit(f"not loaded: {strange[:5]}")
+    model.set_adapter("default")
+    with torch.inference_mode():
+        save_file({"logits": model.eval()(**load_file(inputs)).logits.contiguous()}, out)
+
+
+def write_adapter(base: str, folder: str, inputs: str, out: str) -> None:
+    """Let peft write an adapter with random updates, and compute all logits with it."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(load_strictly(base), config)
+    model.save_pretrained(folder)
+    with torch.inference_mode():
+        save_file({"logits": model.eval()(**load_file(inputs)).logits.contiguous()}, out)
+
+
 def language_logits(folder: str, inputs: str, out: str) -> None:
     """Compute all logits of a plain Qwen2 folder for `input_ids`."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -83,7 +109,14 @@ def encoder(architecture: str, form: str, weights: str, out: str) -> None:
     save_file({"pixels": pixels, "features": features.contiguous(), "embedding": embedding.contiguous()}, out)
 
 
-COMMANDS = {"answer": answer, "logits": logits, "language_logits": language_logits, "encoder": encoder}
+COMMANDS = {
+    "answer": answer,
+    "logits": logits,
+    "language_logits": language_logits,
+    "encoder": encoder,
+    "adapter_logits": adapter_logits,
+    "write_adapter": write_adapter,
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

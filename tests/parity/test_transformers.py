@@ -11,9 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from fastvlm import checkpoint
+from fastvlm.checkpoint.adapter import write_adapter
 from fastvlm.config import LanguageConfig
 from fastvlm.model import fold
 from fastvlm.model.language import Qwen2
+from fastvlm.train.learning import choose_what_learns
+from fastvlm.train.lora import take_adapter
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 PYTHON = os.environ.get("FASTVLM_ORACLE_PYTHON")
@@ -64,6 +67,50 @@ def test_transformers_computes_our_logits_from_a_training_form_of_another_geomet
 
     with torch.inference_mode():
         assert_close(loaded.model(token_ids, pixels), theirs, rtol=0, atol=1e-4)
+
+
+def tiny_inputs(config):
+    generator = torch.Generator().manual_seed(0)
+    side, num = config.vision.image_size, config.vision.num_image_tokens
+    token_ids = torch.randint(0, 480, (1, num + 20), generator=generator)
+    token_ids[0, 5 : 5 + num] = config.image_token_id
+    return {"input_ids": token_ids, "pixel_values": torch.rand(1, 3, side, side, generator=generator)}
+
+
+def test_peft_loads_our_adapter_and_computes_our_logits(tmp_path):
+    base = GOLDENS / "hf_tiny"
+    model = checkpoint.load(base, dtype=torch.float32).model
+    choose_what_learns(
+        model, {"vision": "lora", "projector": "full", "language": "lora"}, rank=4, alpha=6.0, dropout=0.0
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    adapter = take_adapter(model.state_dict(), ["projector"], base=str(base), rank=4, alpha=6.0, dropout=0.0)
+    write_adapter(tmp_path, adapter, model.config)
+    inputs = tiny_inputs(model.config)
+
+    with torch.inference_mode():
+        ours = model.eval()(inputs["input_ids"], inputs["pixel_values"])
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    ask_oracle("adapter_logits", base, tmp_path, tmp_path / "inputs.safetensors", tmp_path / "logits.safetensors")
+
+    assert_close(ours, load_file(tmp_path / "logits.safetensors")["logits"], rtol=0, atol=1e-4)
+
+
+def test_we_load_an_adapter_that_peft_wrote(tmp_path):
+    base, folder = GOLDENS / "hf_tiny", tmp_path / "adapter"
+    inputs = tiny_inputs(checkpoint.load(base).model.config)
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    ask_oracle("write_adapter", base, folder, tmp_path / "inputs.safetensors", tmp_path / "logits.safetensors")
+
+    model = checkpoint.load(folder, dtype=torch.float32).model
+
+    theirs = load_file(tmp_path / "logits.safetensors")["logits"]
+    with torch.inference_mode():
+        assert_close(model(inputs["input_ids"], inputs["pixel_values"]), theirs, rtol=0, atol=1e-4)
 
 
 def test_a_saved_crop_folder_computes_in_transformers_what_it_did_before(tmp_path):

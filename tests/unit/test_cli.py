@@ -190,7 +190,6 @@ def test_an_empty_prompt_is_a_prompt():
         ),
         (["--prompt", "x", "--exif", "on"], "--exif must be one of apply, ignore, got 'on'"),
         (["--prompt", "x", "--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
-        (["--prompt", "x", "--model-base", "y"], "model_base 'y': adapters are not read"),
     ],
 )
 def test_a_wrong_flag_is_said_in_one_line(args, expected):

@@ -76,7 +76,6 @@ def test_predict_options_refuse_what_does_not_go_together(values, words):
         (options.ModelsInitOptions, {"preset": "nano", "out": "o", "seed": -1}),
         (options.DataSynthOptions, {"out": "o", "num": 0}),
         (options.DataSynthOptions, {"out": "o", "image_size": 8}),
-        (options.LoadOptions, {"model_base": "b"}),
     ],
 )
 def test_commands_refuse_what_is_out_of_range(kind, values):

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvlm.checkpoint.foreign import require
-from fastvlm.checkpoint.huggingface import rename, to_huggingface
+from fastvlm.checkpoint.huggingface import preprocessor_config, rename, to_huggingface
 from fastvlm.checkpoint.reading import read_json
 from fastvlm.checkpoint.save import Entry, write_json, write_tensors
+from fastvlm.config import Config
 from fastvlm.errors import CheckpointError
 from fastvlm.model.fastvlm import FastVLM
 
@@ -70,8 +71,9 @@ def base_of(folder: Path) -> str:
     return base
 
 
-def write_adapter(place: Path, adapter: Adapter) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` into an empty folder, in float32."""
+def write_adapter(place: Path, adapter: Adapter, model_config: Config) -> None:
+    """Write an adapter into an empty folder, in float32, and how pictures are made for it."""
+    write_json(place / "preprocessor_config.json", preprocessor_config(model_config))
     modules = {name.rpartition(".")[0] for name in adapter.updates}
     parts = {_part(name) for name in adapter.whole}
     config = {

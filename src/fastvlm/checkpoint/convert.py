@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastvlm.checkpoint import apple, huggingface, mlx
-from fastvlm.checkpoint.folder import staged_folder
 from fastvlm.checkpoint.adapter import is_adapter
+from fastvlm.checkpoint.folder import staged_folder
 from fastvlm.checkpoint.load import Checkpoint, load
 from fastvlm.checkpoint.save import (
     CLIP_HEAD,

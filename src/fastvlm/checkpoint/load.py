@@ -1,6 +1,7 @@
 """A folder on disk to a model: its layout is recognised by what is in it, never by its name."""
 
 import contextlib
+import hashlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +11,13 @@ import torch
 from torch import nn
 
 from fastvlm.checkpoint import apple, huggingface, mlx, timm
+from fastvlm.checkpoint.adapter import TENSORS as ADAPTER
+from fastvlm.checkpoint.adapter import base_of, is_adapter, merge_adapter
 from fastvlm.checkpoint.build import build, shapes_only, vision_config
 from fastvlm.checkpoint.foreign import language_config, section
 from fastvlm.checkpoint.reading import Weights, licence_files, opened, read_json
 from fastvlm.checkpoint.translate import Parts, plain_source, translate
+from fastvlm.checkpoint.zoo import resolve
 from fastvlm.config import Config, Fit, LanguageConfig, ProjectorConfig, VisionConfig
 from fastvlm.errors import CheckpointError, ConfigError
 from fastvlm.model.fastvlm import FastVLM
@@ -49,20 +53,22 @@ class Checkpoint:
     licences: dict[str, bytes]
 
 
-def load(
+def load(  # noqa: PLR0913  (where the parts are)
     folder: str | Path,
     *,
     vision: str | Path | None = None,
     language: str | Path | None = None,
+    base: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Checkpoint:
-    """Load a checkpoint folder, or a zip archive of one, in any layout we read.
+    """Load a checkpoint folder, or a zip archive of one, in any layout we read; or a folder with a LoRA adapter.
 
     Args:
         folder: The checkpoint.
         vision: A second checkpoint or encoder file, for a folder that has no encoder (Apple's iOS bundle).
         language: A second checkpoint or plain Qwen2 folder, for a folder that has no language model.
+        base: The model that an adapter belongs to; None takes the one that the adapter names.
         dtype: What to convert to; None keeps each tensor as stored, mapped from the file. BatchNorm stays in float32.
         device: Where the model goes.
 
@@ -70,6 +76,10 @@ def load(
         CheckpointError: A file, a tensor or a key of the configuration is missing, left over or unsupported.
     """
     path = Path(folder)
+    if is_adapter(path):
+        return _load_adapted(path, base, vision=vision, language=language, dtype=dtype, device=device)
+    if base is not None:
+        raise CheckpointError(f"{path} is no adapter, so it has no base model; leave {base} out")
     with opened(path) as place, contextlib.ExitStack() as others:
         raw, origin = _read_config(place), f"{path / 'config.json'}"
         weights = Weights.open(place)
@@ -95,6 +105,33 @@ def load(
         model = build(lambda: FastVLM(config), parts, dtype=dtype, device=device)
         licences = {file.name: file.read_bytes() for file in licence_files(place)}
     return Checkpoint(model, tokenizer, layout, path, weights.fingerprint(), licences)
+
+
+def _load_adapted(path: Path, base: str | Path | None, **how: Any) -> Checkpoint:
+    """The base model of an adapter, with its updates."""
+    name = base_of(path) if base is None else str(base)
+    try:
+        folder = resolve(name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} belongs to {name}: {error}; name it (--model-base)") from error
+    if is_adapter(folder):
+        raise CheckpointError(f"{folder} is an adapter itself; name the whole model that {path} belongs to")
+    checkpoint = load(folder, **how)
+    merge_adapter(checkpoint.model, path)
+    if (settings := huggingface.image_settings(path)) is not None:
+        set_image_size(checkpoint.model, *settings)
+    mark = hashlib.sha256((path / ADAPTER).read_bytes()).hexdigest()
+    return replace(checkpoint, path=path, fingerprint=f"{checkpoint.fingerprint}+{mark[:16]}")
+
+
+def set_image_size(model: FastVLM, size: int, fit: Fit) -> None:
+    """Let a model see pictures of another size, or made square in another way.
+
+    Raises:
+        ConfigError: The encoder cannot see this size.
+    """
+    model.config = replace(model.config, vision=replace(model.config.vision, image_size=size, fit=fit))
+    model.vision.config = model.config.vision
 
 
 def load_encoder(path: str | Path, *, image_size: int | None = None, dtype: torch.dtype | None = None) -> FastViTHD:

@@ -76,6 +76,7 @@ def convert(options: ConvertOptions, output: Output) -> None:
         options.to,
         options.out,
         vision=options.vision,
+        base=None if options.model_base is None else zoo.resolve(options.model_base),
         dtype=None if options.dtype is None else DTYPES[options.dtype],
         overwrite=options.overwrite,
     )

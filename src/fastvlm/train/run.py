@@ -427,7 +427,7 @@ class _Run:
             alpha=options.lora_alpha,
             dropout=options.lora_dropout,
         )
-        write_adapter(place, adapter)
+        write_adapter(place, adapter, self.model.config)
 
     def _plain(self, state: Mapping[str, Tensor]) -> FastVLM:
         """A model without what many processes have put around its parts."""

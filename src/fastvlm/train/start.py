@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fastvlm.checkpoint.load import assemble, load, load_encoder, load_language
+from fastvlm.checkpoint.adapter import is_adapter
+from fastvlm.checkpoint.load import assemble, load, load_encoder, load_language, set_image_size
 from fastvlm.checkpoint.zoo import resolve
 from fastvlm.config import PRESETS, Config, table_rows
 from fastvlm.device import Placement
@@ -83,15 +84,18 @@ def start_model(options: TrainOptions) -> tuple[FastVLM, Tokenizer]:
     if options.model == FRESH:
         tokenizer = Tokenizer.from_json(json.dumps(nano_tokenizer()), origin="nano's tokenizer")
         return fresh_model(fresh_config("nano", tokenizer, options.image_size), options.seed), tokenizer
-    checkpoint = load(resolve(options.model), dtype=torch.float32)
+    folder = resolve(options.model)
+    if is_adapter(folder) and "lora" in (options.learn_vision, options.learn_projector, options.learn_language):
+        raise InputError(
+            f"{folder} is an adapter itself; merge it first: fastvlm convert --model {folder} --to hf --out ..."
+        )
+    checkpoint = load(folder, dtype=torch.float32)
     model = checkpoint.model
     if options.image_size is not None:
         try:
-            vision = replace(model.config.vision, image_size=options.image_size)
-            model.config = replace(model.config, vision=vision)
+            set_image_size(model, options.image_size, model.config.vision.fit)
         except ConfigError as error:
             raise InputError(f"--image-size does not fit {options.model}: {error}") from error
-        model.vision.config = model.config.vision
     return model, checkpoint.tokenizer
 
 
