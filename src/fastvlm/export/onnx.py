@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastvlm.checkpoint import huggingface
 from fastvlm.checkpoint.convert import apple_config
 from fastvlm.checkpoint.save import MAX_LENGTH, write_generation_config, write_json
-from fastvlm.config import Config
+from fastvlm.config import Config, LanguageConfig
 from fastvlm.errors import ExportError
 from fastvlm.export import quantise
 from fastvlm.export.graphs import Decoder, Embedder, HalfEncoder, find_islands
@@ -54,6 +54,7 @@ TOLERANCES: Final[dict[Precision, Tolerance]] = {
 OPSET: Final = 21
 _BYTES: Final[dict[Precision, float]] = {"fp32": 4.2, "fp16": 2.1, "int8": 1.3, "q4": 1.2, "q4f16": 1.2}  # a weight
 _MAX_PROTOBUF: Final = 1_900_000_000  # a protobuf ends at 2 GB; larger weights lie beside it
+_MANY: Final = 2  # rows or pictures in a traced example: one would be taken for a constant
 _NUM_CALIBRATION: Final = 4  # pictures on which overflow is looked for
 
 Graph = Any
@@ -171,48 +172,58 @@ def _graphs(
     model: FastVLM, source: Source, request: Request, islands: Sequence[str] | None
 ) -> dict[str, Callable[[], Graph]]:
     """What makes each of the three graphs, in float32, or in float16 with islands."""
-    language = source.config.language
     dtype = torch.float32 if islands is None else torch.float16
-    many, side = 2, request.image_size
 
     def encoder() -> Graph:
-        module = (
-            ImageEncoder(model, with_projector=True)
-            if islands is None
-            else HalfEncoder(model, islands, with_projector=True)
-        )
-        batch = {0: "batch_size"} if request.has_dynamic_batch else {}
-        pixels = torch.zeros(many if batch else 1, 3, side, side)
-        return _trace(module, (pixels,), ["pixel_values"], ["image_features"], (batch,))
+        if islands is None:
+            return trace_encoder(ImageEncoder(model, with_projector=True), request)
+        return trace_encoder(HalfEncoder(model, islands, with_projector=True), request)
 
-    def embedding() -> Graph:
-        module = Embedder(model.language.to(dtype), source.config.image_token_id + 1)
-        rows = {0: "batch_size", 1: "sequence_length"}
-        return _trace(module, (torch.zeros(many, 3, dtype=torch.int64),), ["input_ids"], ["inputs_embeds"], (rows,))
+    return {
+        ENCODER: encoder,
+        EMBEDDING: lambda: trace_embedding(Embedder(model.language.to(dtype), source.config.image_token_id + 1)),
+        DECODER: lambda: trace_decoder(Decoder(model.language.to(dtype)), source.config.language),
+    }
 
-    def decoder() -> Graph:
-        names = [f"{layer}.{kind}" for layer in range(language.num_layers) for kind in ("key", "value")]
-        new, old = 3, 2
-        shape = (many, language.num_kv_heads, old, language.head_dim)
-        past = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(language.num_layers)]
-        inputs = (
-            torch.zeros(many, new, language.dim),
-            torch.ones(many, old + new, dtype=torch.int64),
-            torch.arange(old, old + new).repeat(many, 1),
-            past,
-        )
-        rows = {0: "batch_size", 1: "sequence_length"}
-        cache = {0: "batch_size", 2: "past_sequence_length"}
-        shapes = (rows, {0: "batch_size", 1: "total_sequence_length"}, rows, [(cache, cache)] * language.num_layers)
-        return _trace(
-            Decoder(model.language.to(dtype)),
-            inputs,
-            ["inputs_embeds", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in names)],
-            ["logits", *(f"present.{name}" for name in names)],
-            shapes,
-        )
 
-    return {ENCODER: encoder, EMBEDDING: embedding, DECODER: decoder}
+def trace_encoder(module: nn.Module, request: Request) -> Graph:
+    """Trace what takes pixels `(P, 3, H, W)`."""
+    batch = {0: "batch_size"} if request.has_dynamic_batch else {}
+    pixels = torch.zeros(_MANY if batch else 1, 3, request.image_size, request.image_size)
+    return _trace(module, (pixels,), ["pixel_values"], ["image_features"], (batch,))
+
+
+def trace_embedding(module: nn.Module) -> Graph:
+    """Trace what takes token ids `(B, T)`."""
+    rows = {0: "batch_size", 1: "sequence_length"}
+    return _trace(module, (torch.zeros(_MANY, 3, dtype=torch.int64),), ["input_ids"], ["inputs_embeds"], (rows,))
+
+
+def trace_decoder(module: nn.Module, language: LanguageConfig, *, has_beams: bool = False) -> Graph:
+    """Trace what takes embeddings, mask, positions, with `has_beams` the rows to go on from, and the cache."""
+    names = [f"{layer}.{kind}" for layer in range(language.num_layers) for kind in ("key", "value")]
+    new, old = 3, 2
+    shape = (_MANY, language.num_kv_heads, old, language.head_dim)
+    rows = {0: "batch_size", 1: "sequence_length"}
+    cache = {0: "batch_size", 2: "past_sequence_length"}
+    inputs: dict[str, tuple[Tensor, dict[int, str]]] = {
+        "inputs_embeds": (torch.zeros(_MANY, new, language.dim), rows),
+        "attention_mask": (
+            torch.ones(_MANY, old + new, dtype=torch.int64),
+            {0: "batch_size", 1: "total_sequence_length"},
+        ),
+        "position_ids": (torch.arange(old, old + new).repeat(_MANY, 1), rows),
+    }
+    if has_beams:
+        inputs["beam_idx"] = (torch.arange(_MANY, dtype=torch.int32), {0: "batch_size"})
+    past = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(language.num_layers)]
+    return _trace(
+        module,
+        (*(tensor for tensor, _ in inputs.values()), past),
+        [*inputs, *(f"past_key_values.{name}" for name in names)],
+        ["logits", *(f"present.{name}" for name in names)],
+        (*(axes for _, axes in inputs.values()), [(cache, cache)] * language.num_layers),
+    )
 
 
 def _trace(
