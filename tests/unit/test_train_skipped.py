@@ -18,7 +18,7 @@ from fastvlm.prompt import IGNORE
 from fastvlm.train.data import batches, collate
 from fastvlm.train.dataset import open_dataset
 from fastvlm.train.mixture import parse_parts
-from fastvlm.train.skipped import BadSample, Ledger
+from fastvlm.train.skipped import BadSample, Ledger, is_too_many
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 IMAGES = GOLDENS / "images"
@@ -151,6 +151,14 @@ def bad(index, offset=0):
     return BadSample(index=index, offset=offset, reason=f"sample {index} is bad")
 
 
+def test_C6_reasons_of_any_letters_are_written_down(tmp_path):
+    ledger = Ledger(10, max_fraction=1, file=tmp_path / "bad.jsonl")
+
+    ledger.take(1, [BadSample(index=0, offset=0, reason="no picture \ud800 Straße")])
+
+    assert json.loads((tmp_path / "bad.jsonl").read_text())["reason"] == "no picture \ud800 Straße"
+
+
 def test_C6_a_bad_sample_counts_once_however_often_it_is_drawn():
     ledger = Ledger(100, max_fraction=0.01)
 
@@ -163,10 +171,27 @@ def test_C6_a_bad_sample_counts_once_however_often_it_is_drawn():
 def test_C6_a_large_data_set_that_is_bad_from_the_start_ends_the_run_early():
     ledger = Ledger(10_000_000, max_fraction=0.01)
 
-    for index in range(10):
+    for index in range(20):
         ledger.take(1, [bad(index)])
-    with pytest.raises(InputError, match="11 of 11 samples"):
-        ledger.take(1, [bad(10)])
+    with pytest.raises(InputError, match="21 of 21 samples"):
+        ledger.take(1, [bad(20)])
+
+
+@pytest.mark.parametrize(
+    ("num_bad", "num_seen", "size", "fraction", "expected"),
+    [
+        (1, 1, 100, 0.01, False),
+        (2, 50, 100, 0.01, True),  # more than the whole may have
+        (20, 100, 10**6, 0.01, False),  # a bad start, by chance or not
+        (21, 100, 10**6, 0.01, True),
+        (200, 10_000, 10**6, 0.01, False),
+        (201, 10_000, 10**6, 0.01, True),
+        (1, 1, 10**6, 0.0, True),
+        (5, 5, 5, 1.0, False),
+    ],
+)
+def test_C6_what_is_too_much(num_bad, num_seen, size, fraction, expected):
+    assert is_too_many(num_bad, num_seen, size, fraction) is expected
 
 
 def test_C6_the_first_bad_sample_of_each_source_is_logged(tmp_path, caplog):

@@ -24,7 +24,7 @@ from fastvlm.train.assets import fetch_assets, update_lock
 from fastvlm.train.check import Report, examine, show
 from fastvlm.train.dataset import ConversationDataset, open_dataset
 from fastvlm.train.mixture import parse_parts
-from fastvlm.train.skipped import too_many
+from fastvlm.train.skipped import is_too_many, too_many
 
 CONVERSATIONS = "data.json"
 _PROBLEMS_SHOWN = 20
@@ -80,7 +80,7 @@ def check(options: DataCheckOptions, output: Output) -> None:
         output.json(asdict(report) | {"shown": texts, "fingerprint": dataset.fingerprint})
     else:
         output.write(_render(report, options.max_bad_fraction))
-    if len(report.problems) > options.max_bad_fraction * report.num_checked:
+    if is_too_many(len(report.problems), report.num_checked, report.num_samples, options.max_bad_fraction):
         raise InputError(too_many(report.problems, report.num_checked, options.max_bad_fraction))
 
 

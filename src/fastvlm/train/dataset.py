@@ -19,10 +19,10 @@ from fastvlm.train.conversations import Conversation, PictureFolder
 from fastvlm.train.data import Example
 from fastvlm.train.features import FeatureCache
 from fastvlm.train.mixture import Order, Part
-from fastvlm.train.skipped import too_many
+from fastvlm.train.skipped import is_too_many, too_many
 from fastvlm.train.sources import Reading, Source, open_source
 
-SURVEYED = 10_000
+SURVEYED = 2_000
 """Samples that are looked at before a run begins."""
 
 
@@ -132,7 +132,7 @@ class ConversationDataset(Dataset[Example]):
         """Read some samples, spread over all, without their pictures, so that a run that cannot succeed does not begin.
 
         Raises:
-            InputError: More than `max_fraction` of them cannot be used.
+            InputError: Too many of them cannot be used; see `is_too_many`.
         """
         size = len(self)
         chosen = range(size) if size <= SURVEYED else [i * size // SURVEYED for i in range(SURVEYED)]
@@ -142,7 +142,7 @@ class ConversationDataset(Dataset[Example]):
                 self.tokens(index, self.conversation(index))
             except InputError as error:
                 reasons.append(str(error))
-        if len(reasons) > max_fraction * len(chosen):
+        if is_too_many(len(reasons), len(chosen), size, max_fraction):
             raise InputError(too_many(reasons, len(chosen), max_fraction))
 
     def _find(self, index: int) -> tuple[Source, int]:

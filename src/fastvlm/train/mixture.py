@@ -48,6 +48,8 @@ def parse_parts(data: Sequence[str], image_folders: Sequence[str]) -> list[Part]
         )
     parts = []
     for name, folder in zip(data, folders, strict=True):
+        if "\0" in name + folder:
+            raise InputError(f"{name!r} and {folder!r}: not names of files or folders")
         path, weight = _split_weight(name)
         parts.append(Part(path=Path(path).expanduser(), images=Path(folder).expanduser(), weight=weight))
     if len({part.weight is None for part in parts}) > 1:

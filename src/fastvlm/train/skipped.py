@@ -11,7 +11,7 @@ from typing import Final
 from fastvlm.errors import InputError
 
 BAD_SAMPLES: Final = "bad_samples.jsonl"
-_FIRST_STRETCH: Final = 1000  # positions within which a bad start ends a run
+_FEW: Final = 10  # bad samples that may come together by chance
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,8 @@ class BadSample:
 class Ledger:
     """Counts what is skipped, writes it down, and stops the run when it is too much.
 
-    Too much is more than `max_fraction` of the data set, each sample counted once however often it is drawn; or, of a
-    large data set, of what was drawn so far (at least 1,000). Both depend on positions alone, not on batches or
-    processes.
+    `is_too_many` says what is too much; each sample counts once, however often it is drawn. It depends on positions
+    alone, not on batches or worker processes.
     """
 
     def __init__(  # noqa: PLR0913  (what is counted, and what is told)
@@ -84,9 +83,9 @@ class Ledger:
             if sample.index not in self._bad:
                 self._bad[sample.index] = sample.reason
                 self._write(position, sample)
-            drawn = position + 1
-            if len(self._bad) > self.max_fraction * min(self.size, max(drawn, _FIRST_STRETCH)):
-                raise InputError(too_many(list(self._bad.values()), min(self.size, drawn), self.max_fraction))
+            drawn = min(self.size, position + 1)
+            if is_too_many(len(self._bad), drawn, self.size, self.max_fraction):
+                raise InputError(too_many(list(self._bad.values()), drawn, self.max_fraction))
         self._drawn += num_drawn
 
     def _write(self, position: int, sample: BadSample) -> None:
@@ -98,7 +97,7 @@ class Ledger:
         if self._file is not None:
             row = {"position": position, "index": sample.index, "reason": sample.reason}
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row) + "\n")
 
     def _read(self, path: Path) -> None:
         """Take up what an earlier part of the run wrote; what comes again, and a line that was cut, are dropped."""
@@ -119,6 +118,14 @@ class Ledger:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)
+
+
+def is_too_many(num_bad: int, num_seen: int, size: int, max_fraction: float) -> bool:
+    """Say whether more than `max_fraction` of `size` samples are bad, of which `num_seen` were looked at.
+
+    Of a part, twice that share may be bad, and at least twenty: a part is worse than the whole by chance.
+    """
+    return num_bad > min(max_fraction * size, 2 * max(max_fraction * num_seen, _FEW))
 
 
 def bad_samples_of(rank: int) -> str:
