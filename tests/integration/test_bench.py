@@ -109,21 +109,16 @@ def test_transformers_takes_the_same_step():
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=0)
 
 
-def test_programs_that_do_not_compute_the_same_are_not_compared(tmp_path, monkeypatch):
+def test_programs_that_do_not_compute_the_same_are_not_compared(tmp_path):
+    result = {"seconds": [1], "processor_seconds": [1], "peak_bytes": 1, "versions": {}}
     other = tmp_path / "other"
-    other.write_text(
-        f'#!{sys.executable} -S\nprint(\'{{"seconds": [1], "losses": [7.5], "peak_bytes": 1, "versions": {{}}}}\')\n'
-    )
+    other.write_text(f"#!{sys.executable} -S\nprint({json.dumps(json.dumps(result | {'losses': [7.5]}))})\n")
     other.chmod(0o755)
-    ours = program('print(\'{"seconds": [1], "losses": [7.6], "peak_bytes": 1, "versions": {}}\')')
+    ours = program(f"print({json.dumps(json.dumps(result | {'losses': [7.6]}))})")
+    options = BenchTrainOptions(**SMALL, rounds=1, rival_python=str(other))
 
     with pytest.raises(InputError, match="do not compute the same"):
-        run(
-            BenchTrainOptions(**SMALL, rounds=1, rival_python=str(other)),
-            ours=ours,
-            command=["x"],
-            report=lambda _: None,
-        )
+        run(options, ours=ours, command=["x"], report=lambda _: None)
 
 
 @pytest.mark.parametrize(

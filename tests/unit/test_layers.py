@@ -151,7 +151,7 @@ def test_both_lengths_on_the_command_line_are_refused():
 def test_llavas_flags_are_told_what_they_are_called_here():
     known = {spelling for spelling, _, _ in flags.flags(TrainOptions)}
     for theirs, ours in LLAVA.items():
-        named = {word.strip(",;") for word in ours.split() if word.startswith("--")}
+        named = {word.strip(",;()") for word in ours.split() if word.startswith("--")}
 
         assert named <= known, f"{theirs}: {named - known} are no flags"
         with pytest.raises(InputError, match="is LLaVA's; here it is"):

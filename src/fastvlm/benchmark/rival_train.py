@@ -37,9 +37,9 @@ def main() -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    seconds, losses = [], []
+    seconds, processor_seconds, losses = [], [], []
     for _ in range(options.steps + 1):
-        start = time.perf_counter()
+        start, begun = time.perf_counter(), time.process_time()
         pixels = batch["pixels"].float().div(255)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = model(
@@ -55,9 +55,16 @@ def main() -> None:
         optimizer.zero_grad()
         losses.append(float(loss))
         seconds.append(time.perf_counter() - start)
+        processor_seconds.append(time.process_time() - begun)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     versions = {name: version(name) for name in ("torch", "transformers", "timm")}
-    result = {"seconds": seconds[1:], "losses": losses, "peak_bytes": peak, "versions": versions}
+    result = {
+        "seconds": seconds[1:],
+        "processor_seconds": processor_seconds[1:],
+        "losses": losses,
+        "peak_bytes": peak,
+        "versions": versions,
+    }
     sys.stdout.write(json.dumps(result) + "\n")
 
 

@@ -132,8 +132,8 @@ def read_file(path: Path, kind: type) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in _parsed(path).items():
         name = key.replace("-", "_")
-        if name == "stage" and name not in hints:
-            continue  # it was looked at before: 0, whose options these are
+        if (name == "stage" and name not in hints) or (name == "config" and path.suffix == ".json"):
+            continue  # the stage was looked at before: 0, whose options these are; an earlier run's file is behind it
         if name not in hints or name == "config":
             close = get_close_matches(name, [known for known in hints if known != "config"], n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(close)}?" if close else "its keys are the names of the command's flags"
@@ -163,8 +163,9 @@ def with_layers(kind: type, args: Sequence[str], file: Mapping[str, Any], stage:
     rest = [arg for arg in args if arg not in switches]
     spellings = [arg.partition("=")[0].replace("_", "-") for arg in rest if arg.startswith("--")]
     given = off | {by_flag[spelling] for spelling in spellings if spelling in by_flag}
-    values = {key: value for key, value in stage.items() if key not in _replaced(file, "the file")} | dict(file)
-    hidden = given | _replaced(given, "the command line")
+    by_file, by_args = _replaced(file, "the file"), _replaced(given, "the command line")
+    values = {key: value for key, value in stage.items() if key not in by_file} | dict(file)
+    hidden = given | by_args
     return [*(word for key, value in values.items() if key not in hidden for word in _words(key, value)), *rest]
 
 

@@ -59,16 +59,18 @@ def time_steps(folder: Path, batch: Path, how: argparse.Namespace) -> dict[str, 
     optimizer = build_optimizer(model, lr=1e-5, weight_decay=0.0, betas=(0.9, 0.999))
     trainer = Trainer(Objective(model), optimizer, placement, learns_vision=is_full, learns_statistics=False)
     trainer.set_train_mode()
-    seconds, losses = [], []
+    seconds, processor_seconds, losses = [], [], []
     with flush_denormals():
         for _ in range(how.steps + 1):
-            start = time.perf_counter()
+            start, begun = time.perf_counter(), time.process_time()
             result = trainer.train_step([rows], 1.0)
             losses.append(float(result.sums.sum() / result.counts.sum()))
             synchronize(placement.device)
             seconds.append(time.perf_counter() - start)
+            processor_seconds.append(time.process_time() - begun)
     return {
         "seconds": seconds[1:],
+        "processor_seconds": processor_seconds[1:],
         "losses": losses,
         "peak_bytes": peak_memory_bytes() or 0,
         "versions": {name: version(name) for name in ("torch", "fastvlm")},
