@@ -1,13 +1,17 @@
 """Whole runs on data of several kinds: packed, mixed, with features that are kept, with samples that cannot be used."""
 
 import json
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastvlm.errors import InputError
+from fastvlm.errors import InputError, TrainingError
 from fastvlm.options import TrainOptions
 from fastvlm.train.run import run
 
@@ -140,6 +144,25 @@ def test_C6_a_picture_that_turns_out_to_be_damaged_ends_a_strict_run_with_its_na
         run(options(data, tmp_path / "run", steps=20, image_folder=(str(tmp_path / "images"),)))
 
     assert len((tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_C7_a_run_whose_worker_is_killed_says_so_and_goes_on_from_its_checkpoint(tmp_path):
+    data = [write(tmp_path / "data.json", [row(i, None) for i in range(8)])]
+    settings = {"steps": 6, "save_steps": 1, "workers": 1}
+
+    def kill(metrics):
+        if metrics.step == 3:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
+            time.sleep(1)
+
+    with pytest.raises(TrainingError, match=r"reading data failed: DataLoader worker \(pid.*; .*--resume"):
+        run(options(data, tmp_path / "run", **settings), follow=kill)
+
+    whole = run(options(data, tmp_path / "whole", **settings))
+    resumed = run(options(data, tmp_path / "run", resume=True, **settings))
+    assert losses(resumed) == losses(whole)
 
 
 @pytest.mark.slow

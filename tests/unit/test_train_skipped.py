@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fastvlm.checkpoint.load import load
-from fastvlm.errors import CheckpointError, FastVLMError, InputError
+from fastvlm.errors import CheckpointError, InputError, TrainingError
 from fastvlm.prompt import IGNORE
 from fastvlm.train.data import batches, collate
 from fastvlm.train.dataset import open_dataset
@@ -330,7 +330,7 @@ class Faulty(Dataset):
     ],
 )
 def test_C7_a_worker_process_that_dies_or_hangs_is_one_line(checkpoint, fault, message):
-    with pytest.raises(FastVLMError, match=f"reading data failed: .*{message}.*--resume") as caught:
+    with pytest.raises(TrainingError, match=f"reading data failed: DataLoader .*{message}.*--resume") as caught:
         list(read(checkpoint, Faulty(fault), range(8), workers=1, timeout=1 if fault == "hangs" else 60))
 
     assert "\n" not in str(caught.value)

@@ -98,7 +98,7 @@ def examine(
         progress: Gets the number of samples that were read since the last call.
 
     Raises:
-        FastVLMError: A worker process died or hangs.
+        TrainingError: A worker process died or hangs.
     """
     loader: DataLoader[Finding] = DataLoader(
         _Findings(dataset, reads_pictures=reads_pictures),

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastvlm.config import VisionConfig
-from fastvlm.errors import FastVLMError, InputError
+from fastvlm.errors import FastVLMError, InputError, TrainingError
 from fastvlm.image import resize
 from fastvlm.prompt import IGNORE, Message, Tokenizer, assistant, tokenize, user
 from fastvlm.synth.assets import read_assets
@@ -295,11 +295,25 @@ def batches(  # noqa: PLR0913  (how to read, in what order, in how many processe
         yield item
 
 
+def lost_worker(error: BaseException) -> TrainingError | None:
+    """Say in one line that a worker process died or hangs, if that is what an error is about.
+
+    PyTorch raises when the process dies, wherever this one is then.
+    """
+    reason = " ".join(str(error).split())
+    if not reason.startswith("DataLoader "):
+        return None
+    return TrainingError(
+        f"reading data failed: {reason:.200}; often memory runs out: give fewer --workers, "
+        f"and --resume to go on from the last checkpoint"
+    )
+
+
 def alive(loader: DataLoader[Any]) -> Iterator[Any]:
     """Give what a loader gives.
 
     Raises:
-        FastVLMError: One of its worker processes died or hangs.
+        TrainingError: One of its worker processes died or hangs.
     """
     iterator = iter(loader)
     while True:
@@ -308,11 +322,7 @@ def alive(loader: DataLoader[Any]) -> Iterator[Any]:
         except StopIteration:
             return
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            if "DataLoader" not in reason:
-                raise
-            raise FastVLMError(
-                f"reading data failed: {reason:.200}; often memory runs out: give fewer --workers, "
-                f"and --resume to go on from the last checkpoint"
-            ) from error
+            if (lost := lost_worker(error)) is not None:
+                raise lost from error
+            raise
         yield item
