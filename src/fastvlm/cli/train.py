@@ -1,24 +1,85 @@
 """`fastvlm train` and `fastvlm pretrain`."""
 
+import contextlib
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from types import FrameType
 from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from fastvlm.cli.output import Output
 from fastvlm.options import PretrainOptions, TrainOptions
+from fastvlm.train.loop import Metrics
+from fastvlm.train.parallel import is_first_process
 from fastvlm.train.pretrain import run as run_pretraining
+from fastvlm.train.run import render
 from fastvlm.train.run import run as run_training
 from fastvlm.train.stages import STAGES
 
 
 def run(options: TrainOptions, output: Output) -> None:
-    """Train; progress goes to standard error, the folder to standard output."""
-    report = _reporter(options, output)
+    """Train; progress goes to standard error, the folder to standard output.
+
+    SIGTERM and Ctrl-C let the step end and the run be saved, then end the command; a second one ends it at once.
+    """
+    is_first = is_first_process()
+    report = _reporter(options, output) if is_first else _silent
     for line in resolved(options):
         report(line)
-    output.line(os.fspath(run_training(options, report=report)))
+    is_barred = is_first and output.shows_progress and not options.quiet
+    with _ending(report) as asked, tqdm(total=1.0, bar_format=_BAR, leave=False, disable=not is_barred) as bar:
+
+        def follow(metrics: Metrics) -> None:
+            bar.set_postfix_str(render(metrics), refresh=False)
+            bar.update(metrics.progress - bar.n)
+
+        folder = run_training(
+            options,
+            report=report,
+            follow=follow if is_barred else None,
+            wants_end=lambda: bool(asked),
+        )
+    if asked:
+        signal.raise_signal(asked[0])
+    if is_first:
+        output.line(os.fspath(folder))
+
+
+_BAR = "{l_bar}{bar:20}| {postfix}"
+
+
+@contextlib.contextmanager
+def _ending(report: Callable[[str], None]) -> Iterator[list[int]]:
+    """Note the first signal that asks to end, instead of ending; the second does what it did before."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        for other in numbers:
+            signal.signal(other, before[other])
+        report("ending: the step is finished and the run saved; once more to end at once")
+
+    for number in numbers:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
+
+
+def _silent(_: str) -> None:
+    """Of several processes one reports."""
 
 
 def pretrain(options: PretrainOptions, output: Output) -> None:

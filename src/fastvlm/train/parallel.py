@@ -28,6 +28,11 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one of the run that reports, before they have joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def local_placement(placement: Placement) -> Placement:
     """Give each process of a machine a GPU of its own."""
     if not placement.is_cuda or num_processes() == 1:

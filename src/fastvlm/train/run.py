@@ -24,7 +24,7 @@ from fastvlm.options import FRESH, TrainOptions
 from fastvlm.prompt import Tokenizer
 from fastvlm.synth.assets import default_folder, read_assets
 from fastvlm.train.curves import plot
-from fastvlm.train.data import Batch, SynthDataset, batches, collate
+from fastvlm.train.data import Batch, SynthDataset, batches, collate, lost_worker
 from fastvlm.train.dataset import ConversationDataset, open_dataset
 from fastvlm.train.features import FeatureCache
 from fastvlm.train.folder import LOG, SAMPLES, RunFolder
@@ -114,6 +114,8 @@ def run(
             try:
                 one_run.go(follow if group.is_first else None, score, wants_end)
             except (MemoryError, RuntimeError) as error:
+                if (lost := lost_worker(error)) is not None:
+                    raise lost from error
                 if not _is_memory(error):
                     raise
                 rows = options.batch_size // options.accumulate // group.world
@@ -198,7 +200,8 @@ class _Run:
         """Make model, optimizer and the step between them, as they were saved if the run is resumed."""
         options, model, group = self.options, self.model, self.group
         model.to(self.placement.device)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if not group.is_sharded:  # FSDP2 takes contiguous weights only
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(options.seed)  # of the updates' first values, the same in all processes
         choose_what_learns(
             model, self.learning, rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout
