@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -123,10 +124,9 @@ def test_a_file_of_weights_that_was_cut_is_named(encoder_package, tmp_path):
         Program(copy)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_an_encoder_takes_several_pictures(encoder, tmp_path):
-    from torch.export import Dim
-
     program = package(encoder, pixels(2), tmp_path / "e.mlpackage", batch=Dim("P", min=1, max=8))
 
     for count in (1, 3):
@@ -147,6 +147,7 @@ def test_float16_is_really_rounded_to(tmp_path):
     assert not torch.isfinite(beyond).all()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_float16_keeps_large_values_in_float32(tmp_path):
     module, example = Amplifier().eval(), torch.rand(1, 3, 8, 8)
@@ -159,8 +160,8 @@ def test_float16_keeps_large_values_in_float32(tmp_path):
     assert not torch.isfinite(without.run({"x": example})["y"]).all()
 
 
-@torch.inference_mode()
 @pytest.mark.slow
+@torch.inference_mode()
 def test_an_encoder_beyond_float16_is_within_a_hundredth_in_it(tmp_path):
     encoder = small_model().vision
     block, after = encoder.stages[0].blocks[0], encoder.stages[1].downsample.proj[0].reparam_conv
@@ -182,8 +183,8 @@ def test_an_encoder_beyond_float16_is_within_a_hundredth_in_it(tmp_path):
     assert 0 < len(find_islands(fp32, [{"x": pixels()}]).large) < 20
 
 
-@torch.inference_mode()
 @pytest.mark.slow
+@torch.inference_mode()
 def test_int8_weights_are_small_and_near(encoder, encoder_package, tmp_path):
     program = package(encoder, pixels(), tmp_path / "int8.mlpackage", precision="int8")
 
@@ -206,6 +207,7 @@ def sentence(num_tokens):
     return torch.randn(1, num_tokens, 48, generator=torch.Generator().manual_seed(2))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_the_language_model_reads_on_from_its_state(language_package):
     model, embeds = small_model(), sentence(20)
@@ -217,6 +219,7 @@ def test_the_language_model_reads_on_from_its_state(language_package):
     assert_close(found, wanted[[6, 7, 16, 19]], rtol=0, atol=5e-3 * float(wanted.abs().max()))  # the cache is float16
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_two_sentences_do_not_mix(language_package):
     runner = coreml.Runner(language_package)
@@ -227,6 +230,7 @@ def test_two_sentences_do_not_mix(language_package):
     assert torch.equal(second(sentence(5)), coreml.begin(runner)(sentence(5)))
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_token_ids_and_their_embeddings_mean_the_same(language_package):
     model, token_ids = small_model(), torch.tensor([[5, 17, 95, 0]])
@@ -240,8 +244,8 @@ def test_token_ids_and_their_embeddings_mean_the_same(language_package):
     assert_close(found, program.run(inputs, program.new_state())["logits"])
 
 
-@torch.inference_mode()
 @pytest.mark.slow
+@torch.inference_mode()
 def test_the_language_model_in_float16_computes_angles_and_norms_in_float32(tmp_path):
     model, embeds = small_model(), sentence(40) * 20
     wanted = model.language.head(model.language(embeds))[0, -1]

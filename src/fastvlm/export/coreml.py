@@ -72,7 +72,15 @@ def write(source: Source, request: Request, place: Path) -> Written:
     """Write the packages and the tokenizer."""
     model = folded_copy(source)
     batch: int | tuple[int, int] = (1, MAX_IMAGES) if request.has_dynamic_batch else 1
-    write_encoder(source, request, model, place / ENCODER, batch=batch)
+    write_encoder(
+        source,
+        request,
+        model,
+        place / ENCODER,
+        precision=request.precision,
+        with_projector=request.with_projector,
+        batch=batch,
+    )
     if not request.with_projector:
         _write_projector(source, request, model, place / PROJECTOR)
     write_language(
@@ -140,19 +148,26 @@ class Runner:
         return {name: torch.from_numpy(np.asarray(value)) for name, value in found.items()}
 
 
-def write_encoder(
-    source: Source, request: Request, model: FastVLM, path: Path, *, batch: int | tuple[int, int] = 1
+def write_encoder(  # noqa: PLR0913
+    source: Source,
+    request: Request,
+    model: FastVLM,
+    path: Path,
+    *,
+    precision: Precision,
+    with_projector: bool,
+    batch: int | tuple[int, int] = 1,
 ) -> None:
     """Write the encoder, `images (P, 3, H, W)` to `image_features (P, N, C)` or, with projector, `image_embeds`."""
-    encoder = ImageEncoder(model, with_projector=request.with_projector).eval()
+    encoder = ImageEncoder(model, with_projector=with_projector).eval()
     shapes = {"pixels": {0: Dim("P", min=1, max=MAX_IMAGES)}} if isinstance(batch, tuple) else None
     pixels = example_pixels(request, 2 if isinstance(batch, tuple) else 1)
     write_package(
         traced(encoder, (pixels,), shapes),
         path,
         inputs=[Input(name=IMAGES, shape=(batch, *pixels.shape[1:]))],
-        output=EMBEDS if request.with_projector else FEATURES,
-        precision=request.precision,
+        output=EMBEDS if with_projector else FEATURES,
+        precision=precision,
         examples=lambda: ({IMAGES: pixels} for pixels in _calibration_pixels(source, request)),
     )
 

@@ -94,6 +94,7 @@ class Program:
             name: kind.stateType.wrappedType.tensorType for name, kind in types.items() if kind.HasField("stateType")
         }
         self._constants: dict[str, Value] = {}
+        self._widened_constants: dict[str, Value] = {}
         self._operations: list[_Operation] = []
         for operation in block.operations:
             if operation.type == "const":
@@ -139,10 +140,11 @@ class Program:
                 self._write_state(operation, values, self._state(state))
             elif operation.outputs[0] not in self._constants:
                 results = self._execute(operation, values)
-                values |= zip(operation.outputs, results, strict=True)
                 if operation.type.startswith("constexpr_"):
                     self._constants[operation.outputs[0]] = results[0]
-                elif watch is not None:
+                    continue
+                values |= zip(operation.outputs, results, strict=True)
+                if watch is not None:
                     for name, result in zip(operation.outputs, results, strict=True):
                         if result.is_floating_point():
                             watch(name, result)
@@ -179,11 +181,19 @@ class Program:
     def _execute(self, operation: _Operation, values: dict[str, Value]) -> tuple[Tensor, ...]:
         arguments: dict[str, Value] = {}
         for name, each in operation.arguments.items():
-            found = tuple(_widened(self._value(value, values)) for value in each)
+            found = tuple(self._wide(value, values) for value in each)
             arguments[name] = found if name == "values" or len(found) > 1 else found[0]
         result = _OPERATIONS[operation.type](arguments)
         results = result if isinstance(result, tuple) else (result,)
         return tuple(each.to(dtype) for each, dtype in zip(results, operation.dtypes, strict=True))
+
+    def _wide(self, argument: "_Name | Value", values: dict[str, Value]) -> Value:
+        """What goes into an operation; constants are widened once."""
+        if not isinstance(argument, _Name) or argument in values:
+            return _widened(self._value(argument, values))
+        if argument not in self._widened_constants:
+            self._widened_constants[argument] = _widened(self._constants[argument])
+        return self._widened_constants[argument]
 
     def _value(self, argument: "_Name | Value", values: dict[str, Value]) -> Value:
         if not isinstance(argument, _Name):
