@@ -166,7 +166,7 @@ def test_C7_a_run_whose_worker_is_killed_says_so_and_goes_on_from_its_checkpoint
 
 
 @pytest.mark.slow
-def test_a_mixture_is_resumed_in_the_middle(tmp_path):
+def test_C3_a_mixture_is_resumed_in_the_middle(tmp_path):
     data = [
         write(tmp_path / "a.json", [row(i, None) for i in range(3)]) + ":0.25",
         write(tmp_path / "b.json", [row(i) for i in range(5)]) + ":0.75",

@@ -7,10 +7,11 @@ import pytest
 
 from fastvlm.errors import InputError
 from fastvlm.train.mixture import BLOCK, Order, parse_parts
+from fastvlm.train.run import Share
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5]])
-def test_an_order_can_begin_again_at_any_position(weights):
+def test_C3_an_order_can_begin_again_at_any_position(weights):
     whole = list(Order([3, 50, 7], weights, seed=4, length=25_000))
 
     for begin in (1, 59, 60, 9_999, 10_000, 24_999):
@@ -59,6 +60,19 @@ def test_shares_are_rounded_so_that_they_add_up():
 def test_a_source_that_would_never_come_is_refused():
     with pytest.raises(InputError, match="less than one sample in 10,000"):
         Order([1, 1], [1.0, 1e-9], seed=0, length=10)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_C4_processes_read_together_what_one_reads_alone(world):
+    order = Order([5, 9], [1.0, 1.0], seed=3, length=48)
+
+    shares = [Share(order, 8, rank, world) for rank in range(world)]
+
+    for step in range(6):
+        own = 8 // world
+        together = [share[step * own + i] for share in shares for i in range(own)]
+        assert together == list(order[step * 8 : step * 8 + 8])
+    assert [share.place(own) for share in shares] == [8 + rank * own for rank in range(world)]
 
 
 def test_negative_seeds_are_seeds():

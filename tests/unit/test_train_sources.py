@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 
@@ -329,6 +330,20 @@ def test_pictures_of_a_datasets_image_column_are_not_decoded_by_it(tmp_path):
     conversation = open_source(tmp_path / "table", READING).read(0)
 
     assert conversation.pictures[0].content == SQUARE
+
+
+def test_a_table_without_the_library_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # how Python itself says that something cannot be imported
+
+    with pytest.raises(InputError, match=r"needs Hugging Face datasets \(pip install 'fastvlm\[train\]'\)"):
+        open_source(put(tmp_path / "a.parquet", b"PAR1"), READING)
+
+
+def test_a_table_goes_to_a_worker_process(table, tmp_path):
+    table.save_to_disk(str(tmp_path / "table"))
+    source = open_source(tmp_path / "table", READING)
+
+    assert answers(pickle.loads(pickle.dumps(source))) == ["one", "two"]
 
 
 def test_splits_are_named(table, tmp_path):
