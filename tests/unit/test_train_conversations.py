@@ -163,6 +163,15 @@ def test_captions_are_answers_to_a_prompt(key):
     assert conversation.messages == (user("Say what you see.", 1), assistant("A square."))
 
 
+def test_a_question_may_come_last_and_is_not_learned(checkpoint, tmp_path):
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}, {"from": "human", "value": "And?"}]
+
+    example = dataset_of(checkpoint, [{"conversations": turns}], tmp_path)[0]
+
+    learned = [label for label in example.labels if label != IGNORE]
+    assert checkpoint.tokenizer.detokenize(learned) == "A\n"
+
+
 def test_questions_and_answers_are_turns():
     row = {"image": {"bytes": (IMAGES / "gray.png").read_bytes(), "path": None}, "question": "What?", "answer": "Grey."}
 
@@ -199,7 +208,7 @@ LOOK = {"from": "human", "value": "<image> Q"}
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "more picture parts than pictures"),
         ({"images": ["square.png"], "messages": [{"role": "user", "content": "<image>"}]}, "1 of 1 pictures have no"),
         ({"conversations": [SAY, ASK]}, "turns must be user, assistant"),
-        ({"conversations": [ASK]}, "ending with an answer; got user"),
+        ({"conversations": [ASK]}, "with an answer; got user"),
         ({"conversations": [ASK, ASK, SAY]}, "got user, user, assistant"),
         ({"conversations": [{"from": "system", "value": "x"}]}, "turns must be"),
         ({"conversations": [ASK, {"from": "gpt", "value": " "}]}, "turn 2 is an empty answer"),

@@ -262,11 +262,15 @@ def _caption(row: Mapping[str, Any], num_pictures: int, prompt: str) -> list[Mes
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
-    """Question and answer take turns behind an optional system message, and every answer says something."""
+    """Question and answer take turns behind an optional system message, and every turn says something.
+
+    A question may come last, as in files that were cut into pieces; nothing is learned of it.
+    """
     turns = messages[1:] if messages[0].role == "system" else messages
     roles = [message.role for message in turns]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise InputError(f"turns must be user, assistant, and so on, ending with an answer; got {', '.join(roles):.80}")
+    expected = [("user", "assistant")[i % 2] for i in range(max(2, len(roles)))]
+    if roles != expected:
+        raise InputError(f"turns must be user, assistant, and so on, with an answer; got {', '.join(roles):.80}")
     for index, message in enumerate(turns):
         if message.role == "assistant" and not message.text.strip():
             raise InputError(f"turn {index + 1} is an empty answer; there is nothing to learn")

@@ -104,7 +104,7 @@ class ConversationDataset(Dataset[Example]):
                 f"{self.origin(index)}: {len(tokens.token_ids)} tokens, {num} for each of {len(conversation.pictures)} "
                 f"pictures, are more than {self.max_tokens}; raise --max-tokens"
             )
-        assert any(label != IGNORE for label in tokens.labels), "a conversation ends with an answer"
+        assert any(label != IGNORE for label in tokens.labels), "a conversation has an answer"
         return tokens
 
     def __getitem__(self, index: int) -> Example:
