@@ -143,7 +143,7 @@ class _Row:
 
     @cached_property
     def answer(self) -> list[int]:
-        """Eager's greedy answer, as `fastvlm predict` writes it, with its stop token."""
+        """Eager's greedy answer, as `fastvlm predict` writes it, with `<|im_end|>` where it stopped."""
         embeds = self._image_embeds(self.image_values)
         options = GenerationOptions(max_new_tokens=self.num_tokens)
         (completion,) = generate(self.predictor.model, self.tokenizer, [self.prompt], embeds, options)
@@ -152,7 +152,7 @@ class _Row:
 
     @cached_property
     def own_answer(self) -> list[int]:
-        """The export's greedy answer, from the pixels on, with its stop token."""
+        """The export's greedy answer, from the pixels on, with `<|im_end|>` where it stopped."""
         begin = self.exported.begin or self._eager
         return greedy(begin(), self._own_embed, self._own_prompt(), self.tokenizer, self.num_tokens)
 
@@ -197,13 +197,14 @@ def eager_step(predictor: Predictor, capacity: int) -> Step:
 def greedy(
     step: Step, embed: Callable[[list[int]], Tensor], prompt: Tensor, tokenizer: Tokenizer, num_tokens: int
 ) -> list[int]:
-    """Write the greedy answer to a prompt `(1, T, D)`: at most `num_tokens` ids, the stop token among them."""
+    """Write the greedy answer to a prompt `(1, T, D)`: at most `num_tokens` ids, `<|im_end|>` for either stop token."""
     logits = step(prompt)
     is_forbidden = forbidden(tokenizer, logits.shape[-1], logits.device)
     token_ids: list[int] = []
     while True:
-        token_ids.append(int(logits[0].masked_fill(is_forbidden, -torch.inf).argmax()))
-        if token_ids[-1] in tokenizer.stop_ids or len(token_ids) == num_tokens:
+        chosen = int(logits[0].masked_fill(is_forbidden, -torch.inf).argmax())
+        token_ids.append(tokenizer.im_end_id if chosen in tokenizer.stop_ids else chosen)
+        if chosen in tokenizer.stop_ids or len(token_ids) == num_tokens:
             return token_ids
         logits = step(embed(token_ids[-1:]))
 

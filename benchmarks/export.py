@@ -1,0 +1,81 @@
+"""Export a model as the command does, and keep what came out: time, memory, sizes, and how equal it is.
+
+    python benchmarks/export.py nano onnx --precision fp32 --precision int8
+    python benchmarks/export.py 0.5b onnx --precision int8
+
+Writes `results/export-MODEL-FORMAT-PRECISIONS.json`. `0.5b` has random weights from seed 0. `write_s` ends when
+the files are written, `wall_s` when they have been compared with eager. The folders themselves are deleted.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from fastvlm.benchmark.record import commit, processor
+from fastvlm.export.manifest import MANIFEST, PARITY
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Export once; print and keep the figures."""
+    model, name, *flags = sys.argv[1:]
+    with tempfile.TemporaryDirectory(dir=os.environ.get("FASTVLM_SCRATCH")) as scratch:
+        source = model
+        if model != "nano":
+            source = str(Path(scratch) / model)
+            subprocess.run([sys.executable, "-m", "fastvlm", "models", "init", model, "--out", source], check=True)
+        out = Path(scratch) / "out"
+        busy = os.getloadavg()[0]
+        took = measure(["-m", "fastvlm", "export", name, "--model", source, "--out", str(out), *flags])
+        manifest, parity = (json.loads((out / file).read_text(encoding="utf-8")) for file in (MANIFEST, PARITY))
+    precisions = manifest["precisions"]
+    shown = " ".join(["fastvlm export", name, "--model", "nano" if model == "nano" else "DIR", "--out OUT", *flags])
+    before = "" if model == "nano" else f"fastvlm models init {model} --out DIR; "
+    result = {
+        "command": before + shown,
+        "commit": commit(),
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "load_average": {"before": round(busy, 1), "after": round(os.getloadavg()[0], 1)},
+        "versions": manifest["versions"],
+        **took,
+        "image": manifest["image"],
+        "megabytes": {path: round(file["bytes"] / 1e6, 1) for path, file in manifest["files"].items() if _is_big(file)},
+        "reports": parity["reports"],
+    }
+    path = RESULTS / f"export-{model.replace('.', '')}-{name}-{'-'.join(precisions)}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(path.name, took)
+
+
+def measure(command: list[str]) -> dict[str, Any]:
+    """Run a command to its end; return seconds and peak memory."""
+    start, written = time.perf_counter(), 0.0
+    with subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("comparing") and not written:
+                written = time.perf_counter() - start
+            if line.startswith(("comparing", "writing", "fastvlm", "fp", "int", "q", "bf")):
+                print(line.rstrip(), file=sys.stderr)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"the export ended with status {child.returncode}")
+    wall = time.perf_counter() - start
+    return {"write_s": round(written), "wall_s": round(wall), "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2)}
+
+
+def _is_big(file: dict[str, Any]) -> bool:
+    return file["bytes"] > 500_000
+
+
+if __name__ == "__main__":
+    main()

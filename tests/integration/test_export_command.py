@@ -1,0 +1,195 @@
+"""`fastvlm export` as a user meets it; the language half, which is written fastest, stands for every format."""
+
+import json
+import shutil
+from collections import namedtuple
+from hashlib import sha256
+
+import pytest
+import torch
+
+from fastvlm import cli
+from fastvlm.checkpoint.load import load
+from fastvlm.checkpoint.save import save
+from fastvlm.config import Config
+from fastvlm.export import gguf_lm
+from fastvlm.export.parts import Request, Source
+from fastvlm.export.verify import compare, draw_pictures
+
+gguf = pytest.importorskip("gguf")
+Usage = namedtuple("Usage", "total used free")
+
+
+def export(capsys, out, *args, model, name="gguf-lm"):
+    status = cli.main(["export", name, "--model", str(model), "--out", str(out), "--pictures", "2", *args])
+    return status, *capsys.readouterr()
+
+
+def digests(folder):
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_an_export_says_what_it_is_and_leaves_its_source_alone(tiny, tmp_path, capsys):
+    before = digests(tiny)
+
+    status, out, err = export(capsys, tmp_path / "out", model=tiny)
+
+    assert status == 0, err
+    assert out.strip() == str(tmp_path / "out")
+    assert digests(tiny) == before
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    files = {path.name for path in (tmp_path / "out").iterdir()} - {"manifest.json"}
+    assert set(manifest["files"]) == files
+    for name, file in manifest["files"].items():
+        assert file["sha256"] == sha256((tmp_path / "out" / name).read_bytes()).hexdigest()
+    assert manifest["image"]["tokens"] == 16
+    assert manifest["image"]["fit"] == "pad"
+    assert manifest["versions"]["gguf"]
+    (report,) = json.loads((tmp_path / "out" / "parity.json").read_text())["reports"]
+    assert report["failures"] == []
+    assert report["texts"]["equal"] == report["pictures"]["count"] == 2
+    assert report["logits"]["relative"] <= 1e-4
+
+
+def test_a_licence_goes_along(tiny, tmp_path, capsys):
+    shutil.copytree(tiny, tmp_path / "source")
+    (tmp_path / "source" / "LICENSE").write_text("the terms")
+
+    status, _, _ = export(capsys, tmp_path / "out", model=tmp_path / "source")
+
+    assert status == 0
+    assert (tmp_path / "out" / "LICENSE").read_text() == "the terms"
+    assert "GGUF" in (tmp_path / "out" / "CHANGES.md").read_text()
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["licences"] == ["LICENSE"]
+
+
+def test_what_does_not_compute_the_same_is_refused_and_nothing_is_left(tiny, tmp_path, capsys):
+    checkpoint = load(tiny, dtype=torch.float32)
+    with torch.no_grad():  # float16 ends at 65,504
+        checkpoint.model.language.layers[0].mlp.down_proj.weight[0, 0] = 1e5
+    save(checkpoint.model, checkpoint.tokenizer, tmp_path / "loud")
+
+    status, out, err = export(capsys, tmp_path / "out", "--precision", "fp16", "--quiet", model=tmp_path / "loud")
+
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "not equal to eager" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["loud"]
+
+
+def test_what_does_not_compute_the_same_can_be_kept_to_look_at_it(tiny, tmp_path, capsys):
+    checkpoint = load(tiny, dtype=torch.float32)
+    with torch.no_grad():
+        checkpoint.model.language.layers[0].mlp.down_proj.weight[0, 0] = 1e5
+    save(checkpoint.model, checkpoint.tokenizer, tmp_path / "loud")
+
+    status, _, _ = export(capsys, tmp_path / "out", "--precision", "fp16", "--keep", model=tmp_path / "loud")
+
+    (report,) = json.loads((tmp_path / "out" / "parity.json").read_text())["reports"]
+    assert status == 0
+    assert report["failures"]
+
+
+def test_one_changed_weight_is_noticed(tiny, tmp_path):
+    source = Source(load(tiny), lambda: load(tiny, dtype=torch.float32).model)
+    request = Request(precisions=("fp32",), image_size=64, has_dynamic_batch=True, with_projector=True)
+    gguf_lm.write(source, request, tmp_path)
+    path = tmp_path / "language-f32.gguf"
+    pictures = draw_pictures(1)
+
+    sound = compare(source, request, gguf_lm.read(source, request, tmp_path, "fp32"), pictures, precision="fp32")
+    tensor = next(each for each in gguf.GGUFReader(path).tensors if each.name == "blk.1.ffn_down.weight")
+    content = bytearray(path.read_bytes())
+    content[tensor.data_offset + 3] ^= 0x04  # in the exponent of the first weight
+    path.write_bytes(content)
+    broken = compare(source, request, gguf_lm.read(source, request, tmp_path, "fp32"), pictures, precision="fp32")
+
+    assert sound["failures"] == []
+    assert broken["failures"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--precision", "q4"), "gguf-lm has no precision 'q4'; it has fp32, fp16, bf16, int8"),
+        (("--precision", "fp32", "--precision", "fp16"), "gguf-lm holds one precision"),
+        (("--precision", "fp32", "--precision", "fp32"), "precision names 'fp32' twice"),
+        (("--image-size", "100"), "image_size must be a multiple of 64, got 100"),
+        (("--pictures", "0"), "pictures must be between 1 and 10000, got 0"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_line(tiny, tmp_path, capsys, args, said):
+    status, _, err = export(capsys, tmp_path / "out", *args, model=tiny)
+
+    assert status == 2
+    assert said in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_format_is_one_line(tiny, tmp_path, capsys):
+    status, _, err = export(capsys, tmp_path / "out", model=tiny, name="tflite")
+
+    assert status == 2
+    assert "'tflite'" in err
+    assert "openvino" in err
+    assert err.count("\n") == 1
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
+
+    status, _, err = export(capsys, tmp_path / "out", model=tiny)
+
+    assert status == 2
+    assert "the disk has 0 MB free" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_model_that_is_read_is_no_place_to_write(tiny, tmp_path, capsys):
+    shutil.copytree(tiny, tmp_path / "source")
+
+    status, _, err = export(capsys, tmp_path / "source" / "out", model=tmp_path / "source")
+
+    assert status == 2
+    assert "which is read; name another folder" in err
+    assert digests(tmp_path / "source") == digests(tiny)
+
+
+def test_only_an_export_is_replaced_and_only_when_asked(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    export(capsys, out, model=tiny)
+
+    refused, _, line = export(capsys, out, model=tiny)
+    replaced, _, _ = export(capsys, out, "--overwrite", model=tiny)
+    (out / "diary.txt").write_text("mine")
+    kept, _, other = export(capsys, out, "--overwrite", model=tiny)
+
+    assert (refused, replaced, kept) == (2, 0, 2)
+    assert "is not empty" in line
+    assert "'diary.txt'" in other
+    assert (out / "diary.txt").read_text() == "mine"
+
+
+def test_a_gguf_holds_the_settings_and_the_tokenizer(tiny, tmp_path, capsys):
+    export(capsys, tmp_path / "out", model=tiny)
+    reader = gguf.GGUFReader(tmp_path / "out" / "language-f32.gguf")
+    checkpoint = load(tiny)
+    language: Config = checkpoint.model.config.language
+
+    found = {name: field.contents() for name, field in reader.fields.items()}
+
+    assert found["general.architecture"] == "qwen2"
+    assert found["qwen2.block_count"] == language.num_layers
+    assert found["qwen2.attention.head_count"] == language.num_heads
+    assert found["qwen2.attention.head_count_kv"] == language.num_kv_heads
+    assert found["qwen2.rope.freq_base"] == language.rope_theta
+    assert found["qwen2.attention.layer_norm_rms_epsilon"] == pytest.approx(language.norm_eps)
+    assert found["tokenizer.ggml.eos_token_id"] == checkpoint.tokenizer.im_end_id
+    tokens = found["tokenizer.ggml.tokens"]
+    assert len(tokens) == language.vocab_size
+    content = json.loads(checkpoint.tokenizer.to_json())
+    assert all(tokens[index] == token for token, index in content["model"]["vocab"].items())
+    assert tokens[checkpoint.tokenizer.im_end_id] == "<|im_end|>"
+    assert len(found["tokenizer.ggml.merges"]) == len(content["model"]["merges"])

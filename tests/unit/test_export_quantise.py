@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+
+from fastvlm.export import quantise
+
+ir = pytest.importorskip("onnx_ir")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def graph_of(kind, weight, shape, *, is_table=False):
+    """One operation on one constant."""
+    stored = ir.Value(name="w", const_value=ir.tensor(weight, name="w"), type=ir.TensorType(ir.DataType.FLOAT))
+    dtype = ir.DataType.INT64 if is_table else ir.DataType.FLOAT
+    given = ir.Value(name="x", shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    node = ir.node(kind, [stored, given] if is_table else [given, stored])
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(
+        [given], [node.outputs[0]], nodes=[node], initializers=[stored], opset_imports={"": 21}, name="graph"
+    )
+    return ir.Model(graph, ir_version=10)
+
+
+def run(model, x, tmp_path):
+    ir.save(model, tmp_path / "graph.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "graph.onnx", providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+def types_of(model):
+    return {value.const_value.dtype for value in model.graph.initializers.values()}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("width", [32, 96, 100])
+def test_packed_matrices_multiply_as_their_values_do_in_onnx_runtime(tmp_path, bits, width):
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(width, 48)).astype(np.float32)
+    x = rng.normal(size=(5, width)).astype(np.float32)
+    model = graph_of("MatMul", weight, (5, width))
+
+    quantise.matrices(model, bits=bits)
+    found = run(model, x, tmp_path)
+
+    error = np.linalg.norm(found - x @ weight) / np.linalg.norm(x @ weight)
+    assert 0 < error < (0.1 if bits == 4 else 0.006)
+    assert {node.op_type for node in model.graph} == {"MatMulNBits"}
+
+
+def test_values_on_the_grid_of_four_bits_are_kept_exactly():
+    weight = (np.arange(64).reshape(2, 32) % 16 - 8).astype(np.float32)
+
+    packed, scales, zeros = quantise.pack(weight, bits=4)
+
+    values = np.stack([packed & 15, packed >> 4], -1).reshape(2, 32)
+    assert np.array_equal((values - (zeros & 15)[:, :1].astype(np.float32)) * scales, weight)
+
+
+def test_an_int8_convolution_has_one_scale_a_channel_and_is_close(tmp_path):
+    rng = np.random.default_rng(0)
+    weight = (rng.normal(size=(256, 256, 1, 1)) * np.logspace(-3, 3, 256)[:, None, None, None]).astype(np.float32)
+    x = rng.normal(size=(1, 256, 4, 4)).astype(np.float32)
+    model = graph_of("Conv", weight, (1, 256, 4, 4))
+    expected = run(model, x, tmp_path)
+
+    quantise.convolutions(model)
+    found = run(model, x, tmp_path)
+
+    errors = np.linalg.norm(found - expected, axis=(0, 2, 3)) / np.linalg.norm(expected, axis=(0, 2, 3))
+    assert 0 < errors.max() < 0.02  # in the channel of the smallest weights too
+    assert types_of(model) == {ir.DataType.INT8, ir.DataType.FLOAT}
+
+
+def test_a_small_kernel_is_stored_as_float16(tmp_path):
+    weight = np.random.default_rng(0).normal(size=(8, 4, 3, 3)).astype(np.float32)
+    model = graph_of("Conv", weight, (1, 4, 8, 8))
+
+    quantise.convolutions(model)
+
+    assert types_of(model) == {ir.DataType.FLOAT16}
+    run(model, np.ones((1, 4, 8, 8), np.float32), tmp_path)
+
+
+def test_an_int8_table_gives_each_row_its_own_scale(tmp_path):
+    weight = np.random.default_rng(0).normal(size=(10, 16)).astype(np.float32) * np.logspace(-3, 3, 10)[:, None]
+    model = graph_of("Gather", weight.astype(np.float32), (1, 3), is_table=True)
+    ids = np.array([[0, 9, 4]])
+
+    quantise.table(model)
+    found = run(model, ids, tmp_path)
+
+    errors = np.abs(found - weight[ids]).max(-1) / np.abs(weight[ids]).max(-1)
+    assert 0 < errors.max() <= 0.5 / 127 * 1.001
