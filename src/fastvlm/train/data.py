@@ -284,6 +284,7 @@ def batches(  # noqa: PLR0913  (how to read, in what order, in how many processe
         prefetch_factor=2 if num_workers else None,
         persistent_workers=False,
         timeout=timeout if num_workers else 0,
+        generator=torch.Generator(),  # or it would draw from the one that a resumed run goes on with
     )
     for item in alive(loader):
         if isinstance(item, FastVLMError):
