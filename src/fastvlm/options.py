@@ -59,8 +59,12 @@ class TrainOptions:
     """Let the schedule follow the clock instead, and end after so many minutes."""
     batch_size: int = 256
     """Conversations a step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for everything, or Muon for the matrices (arXiv 2502.16982), which from scratch learns faster."""
+    dense: float = 0.0
+    """With drawn pictures: weight of a loss by which the vision encoder learns what is where; 0.5 trained nano."""
     lr: float = 1e-3
-    """Highest learning rate of AdamW; warms up, then follows a cosine to zero."""
+    """Highest learning rate; warms up, then follows a cosine to zero."""
     warmup: float = 0.03
     """Share of the run in which the learning rate rises."""
     weight_decay: float = 0.05
@@ -173,6 +177,7 @@ class TrainOptions:
             "save_minutes": (0, 1e9),
             "max_bad_fraction": (0, 1),
             "feature_cache_gb": (0, 1e6),
+            "dense": (0, 1e3),
         }
         for name, (low, high) in wholes.items():
             value = getattr(self, name)
@@ -201,6 +206,12 @@ class TrainOptions:
             raise InputError(
                 "with a language model that learns in full there is no small adapter; let it learn by lora"
             )
+        if self.optimizer not in ("adamw", "muon"):
+            raise InputError(f"optimizer must be adamw or muon, got {self.optimizer!r}")
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise InputError("--optimizer muon needs whole matrices: it does not go together with --parallel fsdp")
+        if self.dense and (self.data != ("synth",) or self.learn_vision != "full"):
+            raise InputError("--dense is for a vision encoder that learns in full from drawn pictures (--data synth)")
         if self.batch_norm == "learning" and self.learn_vision == "frozen":
             raise InputError("--batch-norm learning does not go together with --learn-vision frozen")
         if (self.encoder is None) != (self.language is None):
@@ -239,7 +250,7 @@ class PretrainOptions:
     steps: int = 10_000
     """Optimizer steps of the whole run."""
     batch_size: int = 1024
-    """Pairs a step and process; every other caption of the whole batch is a wrong one, so more are better."""
+    """Pairs a step, in all processes; every other caption of the batch is a wrong one, so more are better."""
     lr: float = 1e-3
     """Highest learning rate of AdamW; warms up, then follows a cosine to zero."""
     warmup: float = 0.01
@@ -264,6 +275,8 @@ class PretrainOptions:
     """Minutes between saved states."""
     resume: bool = False
     """Go on from the state in the output folder, with the options that the run began with."""
+    timeout: float = 600.0
+    """Seconds after which another process is taken for dead."""
     quiet: bool = False
     """No progress lines."""
 
@@ -290,6 +303,7 @@ class PretrainOptions:
             "seed": _SEEDS,
             "log_every": (1, 10**9),
             "save_minutes": (0, 1e9),
+            "timeout": (1, 1e7),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)

@@ -21,7 +21,9 @@ from fastvlm.errors import FastVLMError, InputError, TrainingError
 from fastvlm.image import resize
 from fastvlm.prompt import IGNORE, Message, Tokenizer, assistant, tokenize, user
 from fastvlm.synth.assets import read_assets
+from fastvlm.synth.marks import labels as mark_labels
 from fastvlm.synth.studio import SHARES, Studio
+from fastvlm.train.marks import encode_marks
 from fastvlm.train.packing import pack
 from fastvlm.train.skipped import BadSample, Ledger
 
@@ -42,6 +44,8 @@ class Example:
     """What a frozen encoder made of the pictures before, `(P, N, C)`."""
     keys: tuple[str, ...] = ()
     """Names of the pictures in the cache of features, where there is one."""
+    marks: Tensor | None = None
+    """What is where in the picture, where that is known, `(1, M, 3)`; see `marks`."""
 
     @property
     def num_pictures(self) -> int:
@@ -70,6 +74,8 @@ class Batch:
     missing: tuple[int, ...] = ()
     """Where among all pictures those of `pixels` stand, when there is a cache of features; `keys` are their names."""
     keys: tuple[str, ...] = ()
+    marks: Tensor | None = None
+    """What is where in each picture, `(P, M, 3)`, where that is known of all."""
     bad: tuple[BadSample, ...] = ()
     """What was left out."""
 
@@ -81,6 +87,7 @@ class Batch:
             token_ids=self.token_ids.pin_memory(),
             labels=self.labels.pin_memory(),
             segments=None if self.segments is None else self.segments.pin_memory(),
+            marks=None if self.marks is None else self.marks.pin_memory(),
         )
 
 
@@ -93,6 +100,7 @@ class SynthDataset(Dataset[Example]):
         self._studio: Studio | None = None  # made in the process that draws
         self._tasks = list(SHARES)
         self._shares = np.cumsum(list(SHARES.values()))
+        self._labels = {label: i for i, label in enumerate(mark_labels())}
 
     def __len__(self) -> int:
         """How many examples a run may ask for."""
@@ -111,7 +119,8 @@ class SynthDataset(Dataset[Example]):
             messages += [user(turn.question, num_images=0 if messages else 1), assistant(turn.answer)]
         tokens = tokenize(messages, self.tokenizer, self.vision.num_image_tokens, add_generation_prompt=False)
         pixels = torch.from_numpy(np.ascontiguousarray(square.transpose(2, 0, 1)))[None]
-        return Example(pixels=pixels, token_ids=tokens.token_ids, labels=tokens.labels, task=task)
+        marks = encode_marks(sample.marks, self._labels, sample.image.size)[None]
+        return Example(pixels=pixels, token_ids=tokens.token_ids, labels=tokens.labels, task=task, marks=marks)
 
 
 def collate(  # noqa: PLR0913  (how rows are padded and checked)
@@ -169,6 +178,7 @@ def collate(  # noqa: PLR0913  (how rows are padded and checked)
         features=features,
         missing=missing,
         keys=keys,
+        marks=_marks(ordered),
     )
 
 
@@ -197,6 +207,11 @@ def _kept_features(examples: Sequence[Example]) -> tuple[Tensor | None, tuple[in
             keys += example.keys
         begin += example.num_pictures
     return torch.cat(kept) if kept else None, tuple(missing), tuple(keys)
+
+
+def _marks(examples: Sequence[Example]) -> Tensor | None:
+    marks = [example.marks for example in examples if example.marks is not None]
+    return torch.cat(marks) if marks and len(marks) == len(examples) else None
 
 
 def _task(tasks: Sequence[str]) -> str:

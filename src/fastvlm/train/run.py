@@ -23,9 +23,11 @@ from fastvlm.model.vision import FastViTHD
 from fastvlm.options import FRESH, TrainOptions
 from fastvlm.prompt import Tokenizer
 from fastvlm.synth.assets import default_folder, read_assets
+from fastvlm.synth.marks import labels
 from fastvlm.train.curves import plot
 from fastvlm.train.data import Batch, SynthDataset, batches, collate, lost_worker
 from fastvlm.train.dataset import ConversationDataset, open_dataset
+from fastvlm.train.dense import DenseObjective
 from fastvlm.train.features import FeatureCache
 from fastvlm.train.folder import LOG, SAMPLES, RunFolder
 from fastvlm.train.learning import checkpoint_activations, choose_what_learns, modes, rates, set_train_mode
@@ -218,6 +220,9 @@ class _Run:
         if options.feature_cache is not None:
             _add_feature_cache(options, self.dataset, self.encoder, self.placement)
         objective = Objective(model, self.encoder, sees_always=group.world > 1)
+        if options.dense:
+            torch.manual_seed(options.seed)  # of the heads, which every process begins alike
+            objective = DenseObjective(model, len(labels()), options.dense)
         group.prepare(objective, self.placement, learns_statistics=self.learns_statistics)
         optimizer = build_optimizer(
             objective,
@@ -225,6 +230,7 @@ class _Run:
             weight_decay=options.weight_decay,
             betas=(0.9, 0.98),
             rates={f"model.{part}": rate for part, rate in rates(options).items()},
+            kind=options.optimizer,
         )
         torch.manual_seed(options.seed + group.rank)
         facts = self._resumed(objective, optimizer) if options.resume else {}
