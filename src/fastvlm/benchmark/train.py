@@ -65,7 +65,7 @@ def run(
     _compare(rounds, options)
     rows = {name: _summary(found, options) for name, found in rounds.items()}
     results = {
-        **facts(command, torch.device("cpu")),
+        **facts(["PYTHON" if word == options.rival_python else word for word in command], torch.device("cpu")),
         "load_average": {"before": before, "after": load_average()},
         "settings": {
             "model": options.model,

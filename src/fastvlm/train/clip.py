@@ -108,6 +108,17 @@ def gather(rows: Tensor) -> Tensor:
     return gathered
 
 
+@torch.no_grad()
+def average_gradients(model: nn.Module) -> None:
+    """Take the mean of each gradient over the processes, in place; alone, do nothing."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            distributed.all_reduce(parameter.grad)
+            parameter.grad /= distributed.get_world_size()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recall:
     """How often, among all captions, a picture's own is the nearest; and the other way round. 0 to 1."""

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastvlm.checkpoint.folder import replace_folder
 from fastvlm.checkpoint.load import load_encoder
+from fastvlm.checkpoint.reading import read_json
 from fastvlm.checkpoint.save import write_encoder
 from fastvlm.config import ENCODERS, PRESETS, LanguageConfig, VisionConfig, table_rows
 from fastvlm.device import Placement, flush_denormals, place
@@ -31,18 +34,24 @@ from fastvlm.image import resize
 from fastvlm.model.vision import FastViTHD
 from fastvlm.options import PretrainOptions
 from fastvlm.prompt import Tokenizer
-from fastvlm.train.clip import Clip, Recall, TextTower, contrastive_loss, gather, recall
+from fastvlm.train.clip import Clip, Recall, TextTower, average_gradients, contrastive_loss, gather, recall
 from fastvlm.train.conversations import PictureFolder
 from fastvlm.train.optimizer import cosine
+from fastvlm.train.parallel import Group, local_placement, processes
 from fastvlm.train.sources import Reading, Source, open_source
 from fastvlm.train.start import LAYER_SCALE, draw_weights
+from fastvlm.train.state import STATE, load_state, save_state
 from fastvlm.train.tokenizer import build_tokenizer
 
 TEXT: Final = "text.safetensors"
 LOG: Final = "metrics.jsonl"
 OPTIONS: Final = "options.json"
 _FRESH: Final = {"nano": PRESETS["nano"].vision, **ENCODERS}
+FACTS: Final = "facts.json"
 _HEAD_DIM: Final = 64
+_MAY_CHANGE: Final = frozenset(
+    {"output", "config", "image_folder", "workers", "device", "log_every", "save_minutes", "resume", "quiet", "timeout"}
+)
 _CORPUS: Final = 20_000  # captions that the tokenizer is made from
 _MAX_WORDS: Final = 20_000  # that are one token each; others are spelled
 _CLIP_NORM: Final = 1.0  # of the gradient, as MobileCLIP trains
@@ -138,44 +147,63 @@ def run(options: PretrainOptions, *, report: Callable[[str], None] = logger.info
 
     Raises:
         InputError: The options or the data cannot be used.
-        CheckpointError: The encoder to go on from, or the folder, cannot be used.
+        CheckpointError: The encoder or the state to go on from, or the folder, cannot be used.
+        TrainingError: Another process of the run is gone.
     """
-    placement = place(options.device, options.dtype)
+    placement = local_placement(place(options.device, options.dtype))
     folder = Path(options.output)
-    if folder.is_dir() and {path.name for path in folder.iterdir()} - {LOG, OPTIONS}:
-        raise InputError(f"{folder} exists and is not empty; give another --output")
-    reading = Reading(images=PictureFolder(folder=Path(options.image_folder)))
-    sources = [open_source(Path(path), reading) for path in options.data]
-    learned, heldout = split(sum(map(len, sources)), options.heldout, options.seed)
-    if len(learned) < options.batch_size:
-        raise InputError(
-            f"{len(learned)} pairs to learn are fewer than a batch; give --batch-size {len(learned)} or less"
-        )
-    tokenizer = _tokenizer(sources, learned)
-    model = _model(options, tokenizer).to(placement.device)
-    model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    dataset = PairDataset(sources, tokenizer, options, model.vision.config.image_size)
+    with processes(placement, "ddp", options.timeout) as group:
+        group.first(lambda: _check_folder(folder, is_resumed=options.resume))
+        if options.batch_size % group.world:
+            raise InputError(f"batch_size ({options.batch_size}) must be a multiple of the processes ({group.world})")
+        reading = Reading(images=PictureFolder(folder=Path(options.image_folder)))
+        sources = [open_source(Path(path), reading) for path in options.data]
+        learned, heldout = split(sum(map(len, sources)), options.heldout, options.seed)
+        if len(learned) < options.batch_size:
+            raise InputError(
+                f"{len(learned)} pairs to learn are fewer than a batch; give --batch-size {len(learned)} or less"
+            )
+        tokenizer = _tokenizer(sources, learned)
+        model = _model(options, tokenizer).to(placement.device)
+        model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        dataset = PairDataset(sources, tokenizer, options, model.vision.config.image_size)
+        pretraining = _Pretraining(options, model, dataset, learned, placement, group, folder)
+        group.first(lambda: _begin(folder, options))
+        if group.is_first:
+            millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.vision, model.text)]
+            report(
+                f"an encoder of {millions[0]:.1f} and a text tower of {millions[1]:.1f} million parameters learn on "
+                f"{placement.device}, {placement.dtype_name}; {len(learned):,} pairs, {len(heldout):,} held out"
+            )
+        with flush_denormals():
+            pretraining.go(report if group.is_first else _nothing)
+            found = evaluate(model, dataset, heldout, placement, options) if group.is_first else None
+        if found is not None:
+            report(
+                f"of {len(heldout):,} held-out pairs, the right caption is nearest for {found.caption_of_picture:.1%} "
+                f"of the pictures, the right picture for {found.picture_of_caption:.1%} of the captions"
+            )
+            _log(folder, {"step": options.steps, "recall": asdict(found), "heldout": len(heldout)})
+    return folder
+
+
+def _nothing(_: str) -> None:
+    """Lines of all processes but the first."""
+
+
+def _check_folder(folder: Path, *, is_resumed: bool) -> None:
+    if is_resumed and not (folder / STATE / FACTS).is_file():
+        raise CheckpointError(f"{folder}: no training state to resume from; expected {STATE}/{FACTS}")
+    if not is_resumed and folder.is_dir() and {path.name for path in folder.iterdir()} - {LOG, OPTIONS}:
+        raise InputError(f"{folder} exists and is not empty; give another --output, or --resume to go on")
+
+
+def _begin(folder: Path, options: PretrainOptions) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / OPTIONS).write_text(json.dumps(asdict(options), indent=1), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
-    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.vision, model.text)]
-    report(
-        f"an encoder of {millions[0]:.1f} and a text tower of {millions[1]:.1f} million parameters learn on "
-        f"{placement.device}, {placement.dtype_name}; {len(learned):,} pairs, {len(heldout):,} held out"
-    )
-    with flush_denormals():
-        _train(options, model, dataset, learned, placement, folder, report)
-        found = evaluate(model, dataset, heldout, placement, options)
-    if found is not None:
-        report(
-            f"of {len(heldout):,} held-out pairs, the right caption is nearest for {found.caption_of_picture:.1%} of "
-            f"the pictures, the right picture for {found.picture_of_caption:.1%} of the captions"
-        )
-        _log(folder, {"step": options.steps, "recall": asdict(found), "heldout": len(heldout)})
-    _save(folder, model, tokenizer)
-    return folder
 
 
 def split(total: int, heldout: int, seed: int) -> tuple[list[int], list[int]]:
@@ -211,6 +239,7 @@ def _tokenizer(sources: Sequence[Source], learned: Sequence[int]) -> Tokenizer:
 
 
 def _model(options: PretrainOptions, tokenizer: Tokenizer) -> Clip:
+    torch.manual_seed(options.seed)
     vision, is_fresh = _encoder(options)
     clip_dim = vision.config.clip_dim
     assert clip_dim is not None
@@ -225,7 +254,6 @@ def _model(options: PretrainOptions, tokenizer: Tokenizer) -> Clip:
         rope_theta=10_000.0,
         max_positions=options.max_tokens,
     )
-    torch.manual_seed(options.seed)
     tower = TextTower(text, clip_dim)
     draw_weights(tower)
     if is_fresh:
@@ -281,48 +309,103 @@ def _embed(model: Clip, batch: Pairs | FastVLMError, placement: Placement) -> tu
         return model(pixels, batch.token_ids.to(device), batch.lengths.to(device))
 
 
-def _train(  # noqa: PLR0913  (the pieces of a run meet here)
-    options: PretrainOptions,
-    model: Clip,
-    dataset: PairDataset,
-    learned: Sequence[int],
-    placement: Placement,
-    folder: Path,
-    report: Callable[[str], None],
-) -> None:
-    optimizer = _optimizer(model, options)
-    model.train()
-    started, losses = time.monotonic(), []
-    items = order_of(learned, options.seed, 0, options.steps * options.batch_size)
-    for step, batch in enumerate(_loader(dataset, items, options.batch_size, drop_last=True), start=1):
-        lr = options.lr * cosine((step - 1) / options.steps, warmup=options.warmup)
-        for group in optimizer.param_groups:
+class _Pretraining:
+    """The pieces of one run, its steps, and what it saves."""
+
+    def __init__(  # noqa: PLR0913  (the pieces of a run meet here)
+        self,
+        options: PretrainOptions,
+        model: Clip,
+        dataset: PairDataset,
+        learned: Sequence[int],
+        placement: Placement,
+        group: Group,
+        folder: Path,
+    ) -> None:
+        self.options, self.model, self.dataset, self.learned = options, model, dataset, learned
+        self.placement, self.group, self.folder = placement, group, folder
+        self.optimizer = _optimizer(model, options)
+        self.model.train()  # before the state is read: it holds the statistics that move
+        self.step = self._resumed() if options.resume else 0
+
+    def go(self, report: Callable[[str], None]) -> None:
+        """Learn to the end and save."""
+        options, group = self.options, self.group
+        first, started, saved = self.step, time.monotonic(), time.monotonic()
+        losses: list[Tensor] = []
+        order = order_of(self.learned, options.seed, first * options.batch_size, options.steps * options.batch_size)
+        own = (item for item in order if item[1] % group.world == group.rank)
+        for batch in _loader(self.dataset, own, options.batch_size // group.world, drop_last=True):
+            lr = options.lr * cosine(self.step / options.steps, warmup=options.warmup)
+            loss, norm = self._learn(batch, lr)
+            losses.append(loss)
+            self.step += 1
+            if group.is_first and (self.step % options.log_every == 0 or self.step == options.steps):
+                row = {
+                    "step": self.step,
+                    "loss": float(torch.stack(losses).mean()),
+                    "lr": lr,
+                    "scale": float(self.model.scale().detach()),
+                    "grad_norm": float(norm),
+                    "samples_per_second": (self.step - first) * options.batch_size / (time.monotonic() - started),
+                }
+                losses = []
+                _log(self.folder, row)
+                report(
+                    f"step {self.step} ({self.step / options.steps:.1%})  loss {row['loss']:.4f}  "
+                    f"scale {row['scale']:.1f}  lr {lr:.2e}  {row['samples_per_second']:.0f} pairs/s"
+                )
+            is_due = time.monotonic() - saved > 60 * options.save_minutes
+            if group.first(partial(bool, is_due)):
+                self._save()
+                saved = time.monotonic()
+        self._save()
+
+    def _learn(self, batch: Pairs | FastVLMError, lr: float) -> tuple[Tensor, Tensor]:
+        """Take one step; return the loss of the whole batch and its gradient's norm."""
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
-        pictures, captions = _embed(model, batch, placement)
-        loss = contrastive_loss(gather(pictures), gather(captions), model.scale())
+        pictures, captions = _embed(self.model, batch, self.placement)
+        loss = contrastive_loss(gather(pictures), gather(captions), self.model.scale())
         torch.autograd.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP_NORM)
+        average_gradients(self.model)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP_NORM)
         if bool(torch.isfinite(norm)):
-            optimizer.step()
-            model.clamp_scale()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
-        if step % options.log_every == 0 or step == options.steps:
-            seconds = time.monotonic() - started
-            row = {
-                "step": step,
-                "loss": float(torch.stack(losses).mean()),
-                "lr": lr,
-                "scale": float(model.scale()),
-                "grad_norm": float(norm),
-                "samples_per_second": step * options.batch_size / seconds,
-            }
-            losses = []
-            _log(folder, row)
-            report(
-                f"step {step} ({step / options.steps:.1%})  loss {row['loss']:.4f}  scale {row['scale']:.1f}  "
-                f"lr {lr:.2e}  {row['samples_per_second']:.0f} pairs/s"
-            )
+            self.optimizer.step()
+            self.model.clamp_scale()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), norm
+
+    def _kept(self) -> dict[str, Any]:
+        """The options that a run may not change while it goes on."""
+        kept: dict[str, Any] = json.loads(json.dumps(asdict(self.options)))
+        return {name: value for name, value in kept.items() if name not in _MAY_CHANGE}
+
+    def _save(self) -> None:
+        """Write the encoder, the text tower and the state; each takes its place whole, the state last."""
+        self.group.first(lambda: _save_model(self.folder, self.model, self.dataset.tokenizer))
+        place = self.folder / f".{STATE}"
+        self.group.first(lambda: shutil.rmtree(place, ignore_errors=True))
+        save_state(place, self.model, self.optimizer, self.group)
+
+        def put() -> None:
+            facts = {"step": self.step, "options": self._kept()}
+            (place / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+            replace_folder(place, self.folder / STATE)
+
+        self.group.first(put)
+
+    def _resumed(self) -> int:
+        """Put weights and moments back; return how many steps were done."""
+        place = self.folder / STATE
+        facts = read_json(place / FACTS)
+        before = facts.get("options")
+        for name, value in self._kept().items():
+            if not isinstance(before, dict) or before.get(name) != value:
+                known = before.get(name) if isinstance(before, dict) else None
+                raise InputError(f"{self.folder} was begun with {name} {known!r}, not {value!r}; resume with the same")
+        load_state(place, self.model, self.optimizer, self.group)
+        return int(facts["step"])
 
 
 def _optimizer(model: Clip, options: PretrainOptions) -> torch.optim.AdamW:
@@ -354,7 +437,7 @@ def _log(folder: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def _save(folder: Path, model: Clip, tokenizer: Tokenizer) -> None:
+def _save_model(folder: Path, model: Clip, tokenizer: Tokenizer) -> None:
     """Write the encoder, and the text tower and its tokenizer beside it; each file takes its place whole."""
     try:
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
@@ -364,6 +447,7 @@ def _save(folder: Path, model: Clip, tokenizer: Tokenizer) -> None:
             save_file({**text, "logit_scale": model.logit_scale.detach().cpu()}, place / TEXT)
             tokenizer.write(place)
             for path in sorted(place.iterdir()):
+                path.chmod(0o644)
                 os.replace(path, folder / path.name)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
