@@ -1,4 +1,6 @@
+import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from fastvlm.config import Config, LanguageConfig, ProjectorConfig, VisionConfig
-from fastvlm.errors import ExportError
+from fastvlm.errors import CheckpointError, ExportError, InputError
 from fastvlm.model import fold
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.initialise import initial_values
@@ -19,6 +21,8 @@ pytest.importorskip("coremltools", exc_type=ImportError)
 from fastvlm.export import coreml
 from fastvlm.export.coreml_convert import Input, find_islands, traced, write_package
 from fastvlm.export.coreml_interpreter import Program
+from fastvlm.export.run import run
+from fastvlm.options import ExportOptions
 
 CONFIG = Config(
     vision=VisionConfig(image_size=64, depths=(1, 1), dims=(16, 32), head_dim=16, num_attention_stages=1),
@@ -41,7 +45,7 @@ def pixels(num_images=1):
 
 
 def package(module, example, path, *, precision="fp32", examples=None, batch=None):
-    shapes = None if batch is None else {next(iter(module.forward.__code__.co_varnames[1:2])): {0: batch}}
+    shapes = None if batch is None else {"pixels": {0: batch}}
     size = 1 if batch is None else (1, 8)
     write_package(
         traced(module, (example,), shapes),
@@ -93,11 +97,7 @@ def test_the_saved_encoder_computes_what_eager_computes(encoder, encoder_package
 
 @torch.inference_mode()
 def test_one_changed_weight_in_the_file_shows(encoder, encoder_package, tmp_path):
-    copy = tmp_path / "copy.mlpackage"
-    copy.mkdir()
-    for path in encoder_package.rglob("*"):
-        target = copy / path.relative_to(encoder_package)
-        target.mkdir(exist_ok=True) if path.is_dir() else target.write_bytes(path.read_bytes())
+    copy = shutil.copytree(encoder_package, tmp_path / "copy.mlpackage")
     weight = encoder.stem[0].reparam_conv.weight.detach()
     value = weight.flatten()[weight.abs().argmax()].numpy().tobytes()
     file = copy / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
@@ -112,11 +112,7 @@ def test_one_changed_weight_in_the_file_shows(encoder, encoder_package, tmp_path
 
 
 def test_a_file_of_weights_that_was_cut_is_named(encoder_package, tmp_path):
-    copy = tmp_path / "copy.mlpackage"
-    copy.mkdir()
-    for path in encoder_package.rglob("*"):
-        target = copy / path.relative_to(encoder_package)
-        target.mkdir(exist_ok=True) if path.is_dir() else target.write_bytes(path.read_bytes())
+    copy = shutil.copytree(encoder_package, tmp_path / "copy.mlpackage")
     file = copy / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
     file.write_bytes(bytes(64) + file.read_bytes()[128:])
 
@@ -266,3 +262,47 @@ def test_the_context_ends_where_the_model_ends():
     assert coreml.context(CONFIG.language) == 64
     assert coreml.context(replace(CONFIG.language, max_positions=32_768)) == coreml.CONTEXT
     assert math.isfinite(torch.tensor(coreml.MASKED).half())
+
+
+@pytest.mark.slow
+def test_a_small_model_is_exported_whole_compared_and_described(tiny, tmp_path):
+    options = ExportOptions(
+        format="coreml", model=str(tiny), out=str(tmp_path / "out"), precision=("fp32",), pictures=1
+    )
+
+    folder = run(options)
+
+    (report,) = json.loads((folder / "parity.json").read_text())["reports"]
+    assert report["features"]["relative"] < 1e-3
+    assert report["texts"]["equal"] == 1
+    assert {"encoder.mlpackage", "projector.mlpackage", "language.mlpackage"} <= {
+        path.name for path in folder.iterdir()
+    }
+    described = json.loads((folder / "manifest.json").read_text())
+    assert described["inputs_and_outputs"]["encoder.mlpackage"].endswith("image_features [1, 16, 512]")
+    for path in folder.rglob("model.mlmodel"):
+        assert str(tmp_path).encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"precision": ("int4",)}, r"coreml has no precision 'int4'; it has fp16, fp32, int8"),
+        ({"precision": ("fp16", "fp32")}, "coreml holds one precision"),
+        ({"image_size": 100}, "image_size must be a multiple of 64, got 100"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(values, match, tiny, tmp_path):
+    with pytest.raises(InputError, match=match):
+        run(ExportOptions(format="coreml", model=str(tiny), out=str(tmp_path / "out"), **values))
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_holds_something_else_is_left_alone(tiny, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+
+    with pytest.raises(CheckpointError, match="not empty"):
+        run(ExportOptions(format="coreml", model=str(tiny), out=str(tmp_path)))
+
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]

@@ -130,7 +130,7 @@ def find_islands(program: Program, examples: Iterable[Mapping[str, Tensor]]) -> 
     with torch.inference_mode():
         for example in examples:
             program.run(example, program.new_state(), watch=watch)
-    angles = program.behind(("cos", "sin"), steps=len(large) + 100)
+    angles = program.behind(("cos", "sin"))
     norms = program.behind(("rsqrt",), steps=_NORM_STEPS)
     return Islands(frozenset(large), frozenset(large | program.results(_SUMS) | angles | norms))
 

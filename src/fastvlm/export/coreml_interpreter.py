@@ -152,13 +152,14 @@ class Program:
                 values.pop(name, None)
         return {name: self._value(_Name(name), values) for name in names}
 
-    def behind(self, types: Sequence[str], *, steps: int) -> set[str]:
-        """Name the results of operations of some types, and of what goes into them over so many steps."""
+    def behind(self, types: Sequence[str], *, steps: int | None = None) -> set[str]:
+        """Name the results of operations of some types, and of what goes into them over so many steps, or over all."""
+        start = len(self._operations) if steps is None else steps
         left: dict[str, int] = {}
         found: set[str] = set()
         for operation in reversed(self._operations):
             distance = max((left.get(name, -1) for name in operation.outputs), default=-1)
-            distance = steps if operation.type in types else distance
+            distance = start if operation.type in types else distance
             if distance >= 0:
                 found |= set(operation.outputs)
                 left |= {name: max(left.get(name, -1), distance - 1) for name in operation.reads}
