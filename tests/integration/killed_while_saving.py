@@ -1,4 +1,4 @@
-"""Run by `test_train_survives.py`: a run that is killed (SIGKILL) at each write point of a checkpoint, one after another.
+"""Run by `test_train_survives.py`: a run that is killed (SIGKILL) at each write point of a checkpoint, in turn.
 
 A write point is a moment at which the process opens a file to write, or makes, renames, links or removes one below the
 run's folder, as Python's own audit events tell. Each attempt is a forked child that saves step 3 beside the checkpoint

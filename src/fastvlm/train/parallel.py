@@ -5,7 +5,7 @@ Each process reads its share of every step; gradients are averaged by Distribute
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -146,6 +146,13 @@ class Group:
         if answer[1] is not None:
             raise answer[1]
         return answer[0]
+
+    def spread(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the numbers of the first, in place."""
+        if self.world > 1:
+            with self._checked():
+                for tensor in tensors:
+                    dist.broadcast(tensor, 0)
 
     def whole_state(self, module: nn.Module) -> dict[str, Tensor]:
         """Collect all weights and buffers on the CPU of the first process; others get nothing. All must call it."""

@@ -30,7 +30,7 @@ from fastvlm.train.dataset import ConversationDataset, open_dataset
 from fastvlm.train.dense import DenseObjective
 from fastvlm.train.features import FeatureCache
 from fastvlm.train.folder import LOG, SAMPLES, RunFolder
-from fastvlm.train.learning import checkpoint_activations, choose_what_learns, modes, rates, set_train_mode
+from fastvlm.train.learning import checkpoint_activations, choose_what_learns, modes, rates, set_train_mode, statistics
 from fastvlm.train.log import Log
 from fastvlm.train.loop import Hooks, Metrics, Objective, Trainer
 from fastvlm.train.lora import take_adapter
@@ -405,6 +405,8 @@ class _Run:
         return self.group.first(lambda: time.monotonic() - self.last_saved > 60 * options.save_minutes)
 
     def _save(self, trainer: Trainer) -> None:
+        # Each process has statistics of its own on a CPU; those of the first are the run's.
+        self.group.spread(statistics(self.model))
         whole = _of_model(self.group.whole_state(trainer.objective))
         facts = self.facts | {
             "step": trainer.step,

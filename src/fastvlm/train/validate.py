@@ -81,13 +81,8 @@ class Validator:
         at = next(i for i, message in enumerate(messages) if message.role == "assistant")
         begin = next(i for i, label in enumerate(example.labels) if label != IGNORE)
         prompt = example.token_ids[:begin]
-        device, dtype = self.placement.device, self.placement.dtype
         num_slots = prompt.count(self.tokenizer.image_id) // model.config.vision.num_image_tokens
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            embeds = None
-            if num_slots:
-                pixels = example.pixels[:num_slots].to(device, torch.float32) / 255
-                embeds = model.encode(pixels)
-            options = GenerationOptions(max_new_tokens=_MAX_NEW_TOKENS)
-            (completion,) = generate(model, self.tokenizer, [prompt], embeds, options)
+        embeds = model.encode(example.pixels[:num_slots].to(self.placement.device).float() / 255) if num_slots else None
+        options = GenerationOptions(max_new_tokens=_MAX_NEW_TOKENS)
+        (completion,) = generate(model, self.tokenizer, [prompt], embeds, options)
         return Answered(question=messages[at - 1].text.strip(), wanted=messages[at].text, answer=completion.text)
