@@ -212,6 +212,20 @@ def test_the_users_own_card_and_its_licence_are_kept(trained):
         prepare_upload(trained, "me/cats", licence="mit")
 
 
+def test_a_trained_folder_keeps_the_licence_of_what_it_began_with(trained, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (trained / "LICENSE").rename(base / "LICENSE")
+    (base / "README.md").write_text("# another model")
+    (trained / "options.json").write_text(json.dumps({"model": str(base), "language": None}))
+
+    upload = prepare_upload(trained, "me/cats")
+
+    assert upload.licence == "apache-2.0"
+    assert upload.files["LICENSE"] == base / "LICENSE"
+    assert isinstance(upload.files["README.md"], bytes)
+
+
 def test_apples_licence_is_recognised(trained):
     (trained / "LICENSE").write_text("Disclaimer: IMPORTANT: This Apple Machine Learning Research Model is ...")
 

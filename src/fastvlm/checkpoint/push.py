@@ -1,5 +1,6 @@
 """A checkpoint folder to a repository of the Hugging Face hub: weights, settings, licence and a card, nothing else."""
 
+import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ import torch
 from fastvlm.checkpoint.hub import is_repository
 from fastvlm.checkpoint.load import load, load_encoder, recognise
 from fastvlm.checkpoint.reading import Weights, licence_files, read_json
-from fastvlm.errors import CheckpointError, DownloadError, InputError
+from fastvlm.checkpoint.zoo import resolve
+from fastvlm.errors import CheckpointError, DownloadError, FastVLMError, InputError
+from fastvlm.options import FRESH
 
 ADAPTER: Final = "adapter_model.safetensors"
 CARD: Final = "README.md"
@@ -57,6 +60,8 @@ class Upload:
 def prepare_upload(folder: str | Path, repository: str, *, licence: str | None = None) -> Upload:
     """Choose what of a folder goes to the hub; write nothing, ask no network.
 
+    A trained folder without a licence takes that of what it began with, where its options name a folder that is here.
+
     The folder must load: as a whole model, an encoder, or an adapter. Its card stays as it is; where there is none, one
     is made of what the folder says about itself.
 
@@ -78,6 +83,11 @@ def prepare_upload(folder: str | Path, repository: str, *, licence: str | None =
     files: dict[str, Path | bytes] = {path.name: path for path in licence_files(place)}
     files |= {path.name: path for path in sorted(place.iterdir()) if _SENT.fullmatch(path.name) and path.is_file()}
     found = _licence(place)
+    if found is None:
+        inherited = {name: path for base in _bases(place) for name, path in _licence_texts(base).items()}
+        files = inherited | files
+        names = {name for base in _bases(place) if (name := _licence(base)) is not None}
+        found = names.pop() if len(names) == 1 else None
     if None not in (found, licence) and found != licence:
         raise CheckpointError(f"{place}: its licence is {found}, not {licence}; leave --license out")
     if CARD not in files:
@@ -148,6 +158,23 @@ def _summary(place: Path, repository: str) -> tuple[str, list[str]]:
 
 def _millions(model: torch.nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:,.1f}"
+
+
+def _bases(place: Path) -> list[Path]:
+    """The folders that a run began with, as its options name them, where they are here."""
+    options = place / "options.json"
+    values = read_json(options) if options.is_file() else {}
+    found = []
+    for key in ("model", "encoder", "language"):
+        if isinstance(name := values.get(key), str) and name != FRESH:
+            with contextlib.suppress(FastVLMError):
+                found.append(Path(name) if Path(name).exists() else resolve(name))
+    return found
+
+
+def _licence_texts(place: Path) -> dict[str, Path]:
+    """The licence files of a folder; its card is about another model."""
+    return {path.name: path for path in licence_files(place) if path.name.upper() != CARD.upper()}
 
 
 def _licence(place: Path) -> str | None:
