@@ -47,8 +47,7 @@ TOLERANCES: Final[dict[Precision, Tolerance]] = {
     "fp16": Tolerance(features=1e-2, cosine=0.9999, logits=1e-2, texts=0.9),
 }
 ENCODER, EMBEDDING, DECODER = "vision_embeddings", "text_embeddings", "language"
-_BYTES: Final[dict[Precision, float]] = {"fp32": 8.5, "fp16": 6.5}  # a weight, the intermediate ONNX file included
-"""OpenVINO reads an ONNX file that is deleted afterwards."""
+_BYTES: Final[dict[Precision, float]] = {"fp32": 8.5, "fp16": 6.5}  # a weight, with the ONNX file between
 
 
 def check(source: Source, request: Request) -> int:
