@@ -280,6 +280,37 @@ def test_c11_ctrl_c_saves_and_exits_130_and_the_run_goes_on(rows, tmp_path):
     assert RunFolder(folder).latest().facts["step"] == logged(folder, "step")[-1] >= 2
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits what Linux says is in use")
+def test_c12_too_little_memory_is_one_line_that_says_what_helps(rows, tmp_path):
+    folder = run(options(rows, tmp_path / "run", steps=1))
+    before = states(folder)
+    script = (
+        "import json, resource, sys; from pathlib import Path\n"
+        "import fastvlm.cli.train, fastvlm.cli, torch\n"
+        "torch.optim.AdamW([torch.ones(1)]).step()\n"
+        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 500_000_000,) * 2)\n"
+        "sys.exit(fastvlm.cli.main(sys.argv[1:]))"
+    )
+    changes = {"image_size": 2048, "batch_size": 8, "max_tokens": 2048, "resume": True, "allow_change": True}
+    words = command(rows, folder, **changes)[3:]
+
+    result = subprocess.run(
+        [sys.executable, "-c", script, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+    assert result.returncode == 2, result.stderr[-2000:]
+    last = result.stderr.splitlines()[-1]
+    assert "not enough memory for 8 conversations of up to 2048 tokens at once: give a larger --accumulate" in last
+    assert states(folder) == before
+
+
 def test_c13_a_service_that_fails_is_left_out_with_a_warning(rows, tmp_path, monkeypatch, caplog):
     package = tmp_path / "site" / "wandb"
     package.mkdir(parents=True)
