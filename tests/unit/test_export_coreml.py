@@ -161,12 +161,13 @@ def test_float16_keeps_large_values_in_float32(tmp_path):
 def test_an_encoder_beyond_float16_is_within_a_hundredth_in_it(tmp_path):
     encoder = small_model().vision
     block, after = encoder.stages[0].blocks[0], encoder.stages[1].downsample.proj[0].reparam_conv
-    block.mlp.fc2.weight.mul_(1e6)
-    block.mlp.fc2.bias.mul_(1e6)
-    after.weight.mul_(1e-6)
+    block.mlp.fc2.weight.mul_(1e7)
+    block.mlp.fc2.bias.mul_(1e7)
+    after.weight.mul_(1e-7)
     largest = []
-    block.register_forward_hook(lambda module, inputs, output: largest.append(float(output.abs().max())))
+    hook = block.register_forward_hook(lambda module, inputs, output: largest.append(float(output.abs().max())))
     wanted = encoder(pixels())
+    hook.remove()
     assert largest[-1] > 65_504
 
     fp32 = package(encoder, pixels(), tmp_path / "fp32.mlpackage")
