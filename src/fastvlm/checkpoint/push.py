@@ -84,7 +84,9 @@ def prepare_upload(folder: str | Path, repository: str, *, licence: str | None =
     files |= {path.name: path for path in sorted(place.iterdir()) if _SENT.fullmatch(path.name) and path.is_file()}
     found = _licence(place)
     if found is None:
-        inherited = {name: path for base in _bases(place) for name, path in _licence_texts(base).items()}
+        inherited: dict[str, Path | bytes] = {
+            name: path for base in _bases(place) for name, path in _licence_texts(base).items()
+        }
         files = inherited | files
         names = {name for base in _bases(place) if (name := _licence(base)) is not None}
         found = names.pop() if len(names) == 1 else None
