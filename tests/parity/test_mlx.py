@@ -49,17 +49,14 @@ def our_answers(folder, pictures):
     return [predictor.ask(each.question, [each.image], options=options).text for each in pictures]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_mlx_vlm_answers_as_nano_does_once_it_knows_the_geometry(precision, tmp_path):
+def test_mlx_vlm_answers_as_nano_does_once_it_knows_the_geometry(tmp_path):
     pictures = draw_pictures(6)
-    folder = run(ExportOptions(format="mlx", out=str(tmp_path / "nano"), precision=(precision,), pictures=2))
+    folder = run(ExportOptions(format="mlx", out=str(tmp_path / "nano"), precision=("fp16",), pictures=2))
     vision = checkpoint.load(folder).model.config.vision
 
     theirs = ask_mlx(folder, pictures, tmp_path, layers=list(vision.depths), embed_dims=list(vision.dims))
 
-    ours = our_answers("nano", pictures)
-    same = [their.strip() == our.strip() for their, our in zip(theirs, ours, strict=True)]
-    assert sum(same) >= (6 if precision == "fp16" else 5), list(zip(theirs, ours, strict=True))
+    assert [text.strip() for text in theirs] == [text.strip() for text in our_answers("nano", pictures)]
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
@@ -96,7 +93,7 @@ def test_mlx_vlm_runs_the_standard_encoder_as_it_comes(tmp_path):
     model.load_state_dict({name: make() for name, make in initial_values(model, 7).items()})
     source = checkpoint.save(model.eval(), tokenizer, tmp_path / "source")
     folder = checkpoint.convert(source, "mlx", tmp_path / "mlx", dtype=torch.float32)
-    pictures = draw_pictures(2)
+    pictures = draw_pictures(1)
 
     theirs = ask_mlx(folder, pictures, tmp_path)
 
