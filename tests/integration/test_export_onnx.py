@@ -58,7 +58,7 @@ def test_smaller_files_are_close(folder, precision):
     small = sum(path.stat().st_size for path in (folder / "onnx").glob(f"*_{precision}.onnx"))
 
     assert report["image_embeds"]["least_cosine"] >= 0.999
-    assert report["logits"]["least_cosine"] >= (0.98 if precision.startswith("q4") else 0.999)
+    assert report["logits"]["least_cosine"] >= (0.9 if precision.startswith("q4") else 0.99)
     assert small < whole * 0.8
 
 
