@@ -5,6 +5,7 @@ Each process reads its share of every step; gradients are averaged by Distribute
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -202,5 +203,9 @@ def processes(placement: Placement, kind: Literal["ddp", "fsdp"], timeout: float
         raise TrainingError(f"the processes of the run do not find each other ({reason:.160}); use torchrun") from error
     try:
         yield Group(kind)
+        dist.barrier()
     finally:
+        # gloo's threads need Python's lock to let go of their last tensors, and whoever frees the group holds it while
+        # waiting for them: they are given the time to be done before.
+        time.sleep(0.1)
         dist.destroy_process_group()
