@@ -1,0 +1,44 @@
+"""What one run does: a frozen dataclass a command; its fields are the command's flags, its docstrings their help."""
+
+from fastvlm.options.answer import ChatOptions, GenerationOptions, ImageOptions, LoadOptions, PredictOptions
+from fastvlm.options.checkpoint import (
+    ConvertOptions,
+    DoctorOptions,
+    ExportOptions,
+    ModelsInitOptions,
+    ModelsListOptions,
+    ModelsPullOptions,
+    ModelsShowOptions,
+    Precision,
+    PushOptions,
+)
+from fastvlm.options.data import DataAssetsOptions, DataCheckOptions, DataSynthOptions
+from fastvlm.options.measure import BenchTrainOptions, EvalOptions
+from fastvlm.options.train import CAPTION_PROMPT, FRESH, Learning, PretrainOptions, TrainOptions
+
+__all__ = [
+    "CAPTION_PROMPT",
+    "FRESH",
+    "BenchTrainOptions",
+    "ChatOptions",
+    "ConvertOptions",
+    "DataAssetsOptions",
+    "DataCheckOptions",
+    "DataSynthOptions",
+    "DoctorOptions",
+    "EvalOptions",
+    "ExportOptions",
+    "GenerationOptions",
+    "ImageOptions",
+    "Learning",
+    "LoadOptions",
+    "ModelsInitOptions",
+    "ModelsListOptions",
+    "ModelsPullOptions",
+    "ModelsShowOptions",
+    "Precision",
+    "PredictOptions",
+    "PretrainOptions",
+    "PushOptions",
+    "TrainOptions",
+]
