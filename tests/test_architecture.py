@@ -28,7 +28,7 @@ LAYERS = [  # from the bottom up: a module may import its own unit and earlier r
     {"checkpoint"},
     {"generate"},
     {"predict", "engine"},
-    {"chat", "batch", "train", "evaluate", "benchmark", "export", "serve"},
+    {"chat", "batch", "train", "evaluate", "benchmark", "export", "quantize", "serve"},
     {"cli"},
 ]
 ALLOWED_SIBLINGS = {("options", "config")}  # an option's type may be a config's (`Fit`); never the other way

@@ -17,6 +17,7 @@ from fastvlm import checkpoint
 from fastvlm.config import Config, LanguageConfig, ProjectorConfig, VisionConfig
 from fastvlm.errors import CheckpointError
 from fastvlm.model.fastvlm import FastVLM
+from fastvlm.model.quantize import quantized_layers
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 APPLE_VISION = "model.vision_tower.vision_tower.model."
@@ -184,7 +185,22 @@ def test_quantised_mlx_weights_become_floats(bits, apple_tensors, reference, tmp
     settings = {"group_size": 64, "bits": bits}
     folder = write(tmp_path / "folder", "apple_tiny", tensors, quantization=settings, quantization_config=settings)
 
-    assert_same(checkpoint.load(folder).model, wanted)
+    assert_same(checkpoint.load(folder, dequantise=True).model, wanted)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_mlx_matrices_of_the_language_model_stay_packed(bits, apple_tensors, tmp_path):
+    tensors = mlx_tensors(apple_tensors)
+    for name in ("language_model.model.embed_tokens", "language_model.model.layers.1.mlp.up_proj", "mm_projector.0"):
+        packed, _ = quantised(tensors.pop(f"{name}.weight"), bits)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in packed.items()}
+    folder = write(tmp_path / "folder", "apple_tiny", tensors, quantization={"group_size": 64, "bits": bits})
+
+    kept, floats = checkpoint.load(folder).model, checkpoint.load(folder, dequantise=True).model
+
+    assert set(quantized_layers(kept)) == {"language.embed_tokens", "language.layers.1.mlp.up_proj"}
+    for name, layer in quantized_layers(kept).items():
+        assert torch.equal(layer.floats(torch.bfloat16), floats.get_submodule(name).weight)
 
 
 def test_a_layer_may_have_bits_of_its_own(apple_tensors, reference, tmp_path):
@@ -195,7 +211,7 @@ def test_a_layer_may_have_bits_of_its_own(apple_tensors, reference, tmp_path):
     settings = {"group_size": 64, "bits": 4, name: {"group_size": 32, "bits": 8}}
     folder = write(tmp_path / "folder", "apple_tiny", tensors, quantization=settings)
 
-    model = checkpoint.load(folder).model
+    model = checkpoint.load(folder, dequantise=True).model
 
     assert_same(model, uncounted(reference) | {"language.layers.0.mlp.up_proj.weight": floats})
 

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from fastvlm.checkpoint.translate import Parts
 from fastvlm.config import Fit, VisionConfig
 from fastvlm.errors import CheckpointError, ConfigError
+from fastvlm.model.quantize import replace_layers
 
 Module = TypeVar("Module", bound=nn.Module)
 BATCH_NORM_DTYPE: Final = torch.float32
@@ -79,7 +80,7 @@ def build(
 
     Args:
         make: Builds the module; runs on the meta device, so that nothing is allocated.
-        parts: The tensors under the names of the module's parameters.
+        parts: The tensors under the names of the module's parameters; layers whose matrix is quantised are replaced.
         dtype: What to convert to; None keeps each tensor as stored. BatchNorm stays in float32 when that is wider.
         device: Where the tensors go.
 
@@ -87,26 +88,30 @@ def build(
         CheckpointError: A tensor is missing, left over, or of another shape.
     """
     module = shapes_only(make)
+    _check_packings(module, parts)
+    replace_layers(module, parts.packings)
     expected = module.state_dict()
     _check(parts, expected)
     norms = norm_tensors(module)
     state: dict[str, Tensor] = {}
     for name in expected:
         target = norm_dtype(dtype) if name in norms else dtype
-        state[name] = _take(parts, name, target, device)
+        state[name] = _take(parts, name, expected[name].dtype, target, device)
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval()
 
 
-def _take(parts: Parts, name: str, dtype: torch.dtype | None, device: torch.device | str) -> Tensor:
+def _take(
+    parts: Parts, name: str, expected: torch.dtype, dtype: torch.dtype | None, device: torch.device | str
+) -> Tensor:
     source = parts.sources[name]
     stored, label = source.read(), f"{parts.origin}: {source.stored_name!r}"
-    is_count = name.endswith(".num_batches_tracked")
-    if stored.is_floating_point() == is_count:
+    is_float = expected.is_floating_point  # other tensors are BatchNorm's counters and the bytes of quantised matrices
+    if stored.is_floating_point() != is_float or (stored.dtype == torch.uint8) != (expected == torch.uint8):
         raise CheckpointError(f"{label} has dtype {stored.dtype}; is it quantised?")
-    if not is_count and not _is_finite(stored):
+    if is_float and not _is_finite(stored):
         raise CheckpointError(f"{label} holds NaN or infinity; the weights are damaged")
-    tensor = converted(stored, label, dtype=None if is_count else dtype, device=device)
+    tensor = converted(stored, label, dtype=dtype if is_float else None, device=device)
     if tensor is not stored:
         source.forget()
     return tensor
@@ -144,6 +149,13 @@ def norm_tensors(module: nn.Module) -> set[str]:
         if isinstance(child, nn.BatchNorm2d)
         for tensor in ("weight", "bias", "running_mean", "running_var")
     }
+
+
+def _check_packings(module: nn.Module, parts: Parts) -> None:
+    layers = {name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Embedding)}
+    if strange := [name for name in parts.packings if name not in layers]:
+        stored_name = parts.sources[f"{strange[0]}.weight"].stored_name
+        raise CheckpointError(f"{parts.origin}: unexpected {stored_name!r}; does config.json belong to these weights?")
 
 
 def _check(parts: Parts, expected: dict[str, Tensor]) -> None:

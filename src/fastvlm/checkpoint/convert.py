@@ -71,7 +71,7 @@ def convert(  # noqa: PLR0913
             raise CheckpointError(f"{out} lies in {read}, which is read; name another folder")
     # Updates are added in the format that is written, not rounded to the base's first.
     merged_dtype = dtype if is_adapter(Path(source)) else None
-    checkpoint = load(source, vision=vision, language=language, base=base, dtype=merged_dtype)
+    checkpoint = load(source, vision=vision, language=language, base=base, dtype=merged_dtype, dequantise=True)
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     notes = [f"Tensors renamed from the layout {checkpoint.layout!r} to {to!r}, settings rewritten to match."]
     if to != "hf":

@@ -15,6 +15,7 @@ from fastvlm.checkpoint.adapter import TENSORS as ADAPTER
 from fastvlm.checkpoint.adapter import base_of, is_adapter, merge_adapter
 from fastvlm.checkpoint.build import build, shapes_only, vision_config
 from fastvlm.checkpoint.foreign import language_config, section
+from fastvlm.checkpoint.packed import is_packed, translate_packed, without_settings
 from fastvlm.checkpoint.reading import Weights, licence_files, opened, read_json
 from fastvlm.checkpoint.translate import Parts, plain_source, translate
 from fastvlm.checkpoint.zoo import resolve
@@ -28,8 +29,9 @@ from fastvlm.prompt import Tokenizer
 _LOG = logging.getLogger(__name__)
 Layout = Literal["transformers", "apple", "mlx", "apple-ios", "qwen2", "encoder"]
 _ENCODER_SIZE: Final = 1024  # an encoder file does not say for which pictures it is
-_EMBEDDING: Final = "language.embed_tokens.weight"
-_HEAD: Final = "language.lm_head.weight"
+_EMBEDDING: Final = "language.embed_tokens"
+_HEAD: Final = "language.lm_head"
+_TENSORS: Final = ("weight", "scales", "biases")  # of a quantised matrix; others have the first
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def load(  # noqa: PLR0913  (where the parts are)
     base: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    dequantise: bool = False,
 ) -> Checkpoint:
     """Load a checkpoint folder, or a zip archive of one, in any layout we read; or a folder with a LoRA adapter.
 
@@ -71,6 +74,8 @@ def load(  # noqa: PLR0913  (where the parts are)
         base: The model that an adapter belongs to; None takes the one that the adapter names.
         dtype: What to convert to; None keeps each tensor as stored, mapped from the file. BatchNorm stays in float32.
         device: Where the model goes.
+        dequantise: Make floats of quantised matrices; by default those of the language model in 4 and 8 bits stay as
+            they are (`model.quantize`), mapped from the file.
 
     Raises:
         CheckpointError: A file, a tensor or a key of the configuration is missing, left over or unsupported.
@@ -86,7 +91,7 @@ def load(  # noqa: PLR0913  (where the parts are)
         layout = recognise(weights)
         if layout == "encoder":
             raise CheckpointError(f"{path} holds a vision encoder alone; expected a whole model")
-        parts = _translate(layout, weights, raw, origin)
+        parts = _translate(layout, weights, raw, origin, keep_packed=not dequantise)
         settings = _image_settings(place, layout, raw, origin)
         if layout == "transformers":
             _add_clip_head(parts, place)
@@ -95,9 +100,9 @@ def load(  # noqa: PLR0913  (where the parts are)
         tokenizer_place, text = place, section(raw, origin, "text_config") or raw
         if language is not None:
             tokenizer_place = others.enter_context(opened(Path(language)))
-            text = _take_language(parts, tokenizer_place, Path(language))
-        if layout in ("mlx", "apple-ios"):
-            text = mlx.without_quantisation(text)
+            text = _take_language(parts, tokenizer_place, Path(language), keep_packed=not dequantise)
+        if is_packed(weights):
+            text = without_settings(text)
         _require_parts(parts, path)
         config = _config(parts, text, raw, origin, layout=layout, settings=settings)
         tokenizer = Tokenizer.load(tokenizer_place)
@@ -116,7 +121,7 @@ def _load_adapted(path: Path, base: str | Path | None, **how: Any) -> Checkpoint
         raise CheckpointError(f"{path} belongs to {name}: {error}; name it (--model-base)") from error
     if is_adapter(folder):
         raise CheckpointError(f"{folder} is an adapter itself; name the whole model that {path} belongs to")
-    checkpoint = load(folder, **how)
+    checkpoint = load(folder, **how, dequantise=True)  # an update is added to floats
     merge_adapter(checkpoint.model, path)
     if (settings := huggingface.image_settings(path)) is not None:
         set_image_size(checkpoint.model, *settings)
@@ -155,13 +160,15 @@ def load_encoder(path: str | Path, *, image_size: int | None = None, dtype: torc
 def load_language(path: str | Path, *, dtype: torch.dtype | None = None) -> tuple[Qwen2, LanguageConfig, Tokenizer]:
     """Load a plain Qwen2 folder, or the language model of a whole checkpoint; a zip archive of either will do.
 
+    Quantised matrices become floats.
+
     Raises:
         CheckpointError: There is no language model, or not one that we compute.
     """
     folder = Path(path)
     parts = Parts(str(folder))
     with opened(folder) as place:
-        text = _take_language(parts, place, folder)
+        text = _take_language(parts, place, folder, keep_packed=False)
         tokenizer = Tokenizer.load(place)
     config = _language_config(parts, text, str(folder / "config.json"))
     named = Parts(parts.origin, {name.removeprefix("language."): source for name, source in parts.sources.items()})
@@ -206,18 +213,29 @@ def _read_config(place: Path) -> dict[str, Any]:
     return read_json(place / "config.json")
 
 
-def _translate(layout: Layout, weights: Weights, raw: dict[str, Any], origin: str) -> Parts:
+def _translate(
+    layout: Layout, weights: Weights, raw: dict[str, Any], origin: str, *, keep_packed: bool = False
+) -> Parts:
     """Check what is peculiar to the layout, and give the tensors our names."""
-    if layout == "transformers":
-        huggingface.check(raw, origin)
-        return translate(weights, huggingface.rename)
     if layout in ("mlx", "apple-ios"):
         apple.check(raw, origin)
-        return mlx.translate_quantised(weights, raw, origin, rename=mlx.rename)
-    if layout == "qwen2":
-        return translate(weights, apple.rename)
-    apple.check(raw, origin)
-    return translate(weights, apple.rename)
+        return mlx.translate_mlx(weights, raw, origin, keep_packed=keep_packed)
+    rename = huggingface.rename if layout == "transformers" else apple.rename
+    if layout == "transformers":
+        huggingface.check(without_settings(raw) if is_packed(weights) else raw, origin)
+    elif layout != "qwen2":
+        apple.check(raw, origin)
+    if not is_packed(weights):
+        return translate(weights, rename)
+    return translate_packed(
+        weights,
+        raw,
+        origin,
+        rename=rename,
+        dequantise=mlx.dequantise,
+        plain=lambda weights, stored_name, _name: plain_source(weights, stored_name),
+        keep_packed=keep_packed,
+    )
 
 
 def _image_settings(place: Path, layout: Layout, raw: dict[str, Any], origin: str) -> tuple[int, Fit] | None:
@@ -257,7 +275,8 @@ def _vision_parts(path: Path) -> tuple[Parts, tuple[int, Fit] | None]:
 
 def _only(parts: Parts, part: str) -> Parts:
     sources = {name: source for name, source in parts.sources.items() if name.startswith(f"{part}.")}
-    return Parts(parts.origin, sources)
+    packings = {name: packing for name, packing in parts.packings.items() if name.startswith(f"{part}.")}
+    return Parts(parts.origin, sources, packings=packings)
 
 
 def _take_vision(parts: Parts, path: str | Path, settings: tuple[int, Fit] | None) -> tuple[int, Fit] | None:
@@ -268,17 +287,20 @@ def _take_vision(parts: Parts, path: str | Path, settings: tuple[int, Fit] | Non
     return settings or other
 
 
-def _take_language(parts: Parts, place: Path, path: Path) -> dict[str, Any]:
+def _take_language(parts: Parts, place: Path, path: Path, *, keep_packed: bool) -> dict[str, Any]:
     """Add the language model of another folder `place`, which `path` names; return its configuration."""
     if parts.has("language"):
         raise CheckpointError(f"{parts.origin} has a language model of its own; leave {path} out")
     raw, origin = _read_config(place), str(path / "config.json")
     weights = Weights.open(place)
-    other = _translate(recognise(weights), weights, raw, origin)
+    other = _translate(recognise(weights), weights, raw, origin, keep_packed=keep_packed)
     if not other.has("language"):
         raise CheckpointError(f"{path} holds no language model")
-    parts.sources.update(_only(other, "language").sources)
-    return section(raw, origin, "text_config") or raw
+    language = _only(other, "language")
+    parts.sources.update(language.sources)
+    parts.packings.update(language.packings)
+    text = section(raw, origin, "text_config") or raw
+    return without_settings(text) if is_packed(weights) else text
 
 
 def _require_parts(parts: Parts, path: Path) -> None:
@@ -327,10 +349,10 @@ def _language_config(parts: Parts, text: dict[str, Any], origin: str) -> Languag
     if text.get("tie_word_embeddings") not in (None, tied):
         _LOG.warning("%s: tie_word_embeddings is %s, the weights say %s", origin, not tied, tied)
     config = language_config(text, origin, tied=tied)
-    rows = parts.shape(_EMBEDDING)
+    rows = parts.matrix_shape(_EMBEDDING)
     if rows != (config.vocab_size, config.dim):
         expected = (config.vocab_size, config.dim)
-        stored_name = parts.sources[_EMBEDDING].stored_name
+        stored_name = parts.sources[f"{_EMBEDDING}.weight"].stored_name
         raise CheckpointError(f"{parts.origin}: misshapen {stored_name!r} is {rows}, config.json says {expected}")
     layers = {name.split(".")[2] for name in parts.sources if name.startswith("language.layers.")}
     if len(layers) != config.num_layers:
@@ -340,13 +362,18 @@ def _language_config(parts: Parts, text: dict[str, Any], origin: str) -> Languag
 
 def _drop_tied_head(parts: Parts) -> bool:
     """Whether the head is the embedding: a file may hold it twice, and its configuration may be wrong about it."""
-    if _HEAD not in parts.sources:
+    heads = [name for name in _TENSORS if f"{_HEAD}.{name}" in parts.sources]
+    if not heads:
         return True
-    head, embedding = parts.sources[_HEAD], parts.sources.get(_EMBEDDING)
-    if embedding is None or head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):
+    if parts.packings.get(_HEAD) != parts.packings.get(_EMBEDDING):
         return False
-    head.forget()
-    del parts.sources[_HEAD]
+    for name in heads:
+        head, embedding = parts.sources[f"{_HEAD}.{name}"], parts.sources.get(f"{_EMBEDDING}.{name}")
+        if embedding is None or head.shape != embedding.shape or not torch.equal(head.read(), embedding.read()):
+            return False
+    for name in heads:
+        parts.sources.pop(f"{_HEAD}.{name}").forget()
+    parts.packings.pop(_HEAD, None)
     return True
 
 

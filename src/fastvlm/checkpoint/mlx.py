@@ -9,15 +9,12 @@ import torch
 from torch import Tensor
 
 from fastvlm.checkpoint import timm
-from fastvlm.checkpoint.foreign import section
+from fastvlm.checkpoint.packed import SETTINGS, translate_packed
 from fastvlm.checkpoint.reading import Weights
-from fastvlm.checkpoint.translate import Parts, Rename, Source, plain_source
-from fastvlm.errors import CheckpointError
+from fastvlm.checkpoint.translate import Parts, Source, plain_source
 
 VISION: Final = "vision_tower.vision_model."
 _PROJECTOR: Final = {"0": "fc1", "2": "fc2"}
-_QUANTISATION: Final = ("quantization", "quantization_config")  # mlx-vlm writes the same under both
-BITS: Final = (2, 3, 4, 5, 6, 8)
 GROUP_SIZE: Final = 64  # what mlx-vlm and Apple's bundles take
 
 
@@ -54,30 +51,19 @@ def to_channels_last(tensor: Tensor, name: str) -> Tensor:
     return tensor.permute(1, 2, 0) if name.endswith(".gamma") else tensor
 
 
-def translate_quantised(weights: Weights, raw: dict[str, Any], origin: str, *, rename: Rename) -> Parts:
-    """Give tensors our names and our order of axes, quantised ones through their floats.
+def translate_mlx(weights: Weights, raw: dict[str, Any], origin: str, *, keep_packed: bool) -> Parts:
+    """Give tensors our names and our order of axes; see `packed.translate_packed`.
 
     Raises:
         CheckpointError: The quantisation is of a kind that is not read.
     """
-    parts = Parts(str(weights.origin))
-    for stored_name, entry in weights.entries.items():
-        name = rename(stored_name)
-        if name is None:
-            parts.unexpected.append(stored_name)
-        elif entry.dtype == "U32":
-            parts.put(name, _quantised(weights, stored_name, raw, origin))
-        elif not (name.endswith((".scales", ".biases")) and _is_quantised(weights, stored_name)):
-            parts.put(name, _channels_first(weights, stored_name, name))
+    parts = translate_packed(
+        weights, raw, origin, rename=rename, dequantise=dequantise, plain=_channels_first, keep_packed=keep_packed
+    )
     for name in [name for name in parts.sources if name.endswith(".bn.running_var")]:
         count = name.replace("running_var", "num_batches_tracked")  # MLX has no such counter
         parts.sources.setdefault(count, Source(count, (), partial(torch.tensor, 0), lambda: None))
     return parts
-
-
-def _is_quantised(weights: Weights, stored_name: str) -> bool:
-    weight = weights.entries.get(stored_name.rsplit(".", 1)[0] + ".weight")
-    return weight is not None and weight.dtype == "U32"
 
 
 def _channels_first(weights: Weights, stored_name: str, name: str) -> Source:
@@ -93,47 +79,6 @@ def _channels_first(weights: Weights, stored_name: str, name: str) -> Source:
     if name.endswith(".gamma") and len(plain.shape) == 3:
         return Source(stored_name, plain.shape[::-1], lambda: plain.read().reshape(-1, 1, 1), plain.forget)
     return plain
-
-
-def _quantised(weights: Weights, stored_name: str, raw: dict[str, Any], origin: str) -> Source:
-    base = stored_name.removesuffix(".weight")
-    scales, biases = f"{base}.scales", f"{base}.biases"
-    for name in (scales, biases):
-        if name not in weights.entries:
-            raise CheckpointError(f"{weights.origin}: missing {name!r} beside the quantised {stored_name!r}")
-    group_size, bits = _settings(raw, origin, base)
-    shape = weights.entries[stored_name].shape
-    if len(shape) != 2 or shape[1] * 32 % bits or shape[1] * 32 // bits % group_size:
-        raise CheckpointError(f"{weights.origin}: {stored_name!r} of shape {shape} cannot hold groups of {group_size}")
-    width = shape[1] * 32 // bits
-    groups = (shape[0], width // group_size)
-    for name in (scales, biases):
-        if weights.entries[name].shape != groups:
-            raise CheckpointError(f"{weights.origin}: {name!r} is {weights.entries[name].shape}, expected {groups}")
-
-    def read() -> Tensor:
-        return dequantise(weights.read(stored_name), weights.read(scales), weights.read(biases), bits)
-
-    return Source(stored_name, (shape[0], width), read, lambda: weights.forget(stored_name))
-
-
-def _settings(raw: dict[str, Any], origin: str, base: str) -> tuple[int, int]:
-    """Group size and bits of one layer: its own, or the folder's."""
-    key = next((key for key in _QUANTISATION if key in raw), _QUANTISATION[0])
-    common = section(raw, origin, key)
-    own = common.get(base)
-    values = common | own if isinstance(own, dict) else common
-    group_size, bits = values.get("group_size"), values.get("bits")
-    if values.get("mode", "affine") != "affine":
-        raise CheckpointError(f"{origin}: {key}.mode is {str(values['mode'])[:40]!r}; only 'affine' is read")
-    if type(bits) is not int or bits not in BITS or type(group_size) is not int or group_size not in (32, 64, 128):
-        raise CheckpointError(f"{origin}: {key} has {str(bits)[:20]} bits in groups of {str(group_size)[:20]}")
-    return group_size, bits
-
-
-def without_quantisation(raw: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the floats that `translate_quantised` gives."""
-    return {key: value for key, value in raw.items() if key not in _QUANTISATION}
 
 
 def dequantise(packed: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Tensor:
@@ -225,4 +170,4 @@ def can_quantise(stored_name: str, shape: tuple[int, ...]) -> bool:
 
 def quantisation(bits: int | None) -> dict[str, Any]:
     """What `config.json` says of it, under both names that readers look for."""
-    return {} if bits is None else {key: {"group_size": GROUP_SIZE, "bits": bits} for key in _QUANTISATION}
+    return {} if bits is None else {key: {"group_size": GROUP_SIZE, "bits": bits} for key in SETTINGS}

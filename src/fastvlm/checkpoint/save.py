@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from fastvlm.checkpoint import huggingface, timm
 from fastvlm.checkpoint.build import converted, norm_dtype, norm_tensors
 from fastvlm.checkpoint.folder import staged_folder
+from fastvlm.checkpoint.packed import packing_settings
 from fastvlm.checkpoint.reading import DTYPES, INDEX, SINGLE
 from fastvlm.config import Config
 from fastvlm.errors import CheckpointError
 from fastvlm.model.fastvlm import FastVLM
+from fastvlm.model.quantize import Packing, quantized_layers
 from fastvlm.model.vision import FastViTHD
 from fastvlm.prompt import Tokenizer, chat_template
 
@@ -69,27 +71,30 @@ def save(  # noqa: PLR0913  (what goes into a folder)
     """
     entries = tensor_entries(model, dtype)
     with staged_folder(folder, overwrite=overwrite) as place:
-        write_folder(place, entries, model.config, tokenizer, max_shard_bytes=max_shard_bytes)
+        packings = {name: layer.packing for name, layer in quantized_layers(model).items()}
+        write_folder(place, entries, model.config, tokenizer, packings=packings, max_shard_bytes=max_shard_bytes)
         for name, content in (extra or {}).items():
             (place / name).write_bytes(content)
     return Path(folder)
 
 
-def write_folder(
+def write_folder(  # noqa: PLR0913
     place: Path,
     entries: dict[str, Entry],
     config: Config,
     tokenizer: Tokenizer,
     *,
+    packings: Mapping[str, Packing] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write tensors under our names, and all settings, into an empty folder."""
+    """Write tensors under our names, and all settings, into an empty folder; `packings` names quantised layers."""
+    packings = {huggingface.to_huggingface(name): packing for name, packing in (packings or {}).items()}
     config, entries = _with_image_row(config, entries)
     stored = {huggingface.to_huggingface(name): entry for name, entry in entries.items() if name != CLIP_HEAD}
     write_weights(place, stored, max_shard_bytes)
     if CLIP_HEAD in entries:
         write_tensors(place / huggingface.CLIP_HEAD, {CLIP_HEAD.removeprefix("vision."): entries[CLIP_HEAD]})
-    _write_settings(place, config, tokenizer, main_dtype(entries))
+    _write_settings(place, config, tokenizer, main_dtype(entries), packings)
 
 
 def tensor_entries(model: FastVLM, dtype: torch.dtype | None) -> dict[str, Entry]:
@@ -105,12 +110,16 @@ def tensor_entries(model: FastVLM, dtype: torch.dtype | None) -> dict[str, Entry
 
 def _entries(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Entry]:
     norms = norm_tensors(module)
+    packed = {f"{name}.weight" for name in quantized_layers(module)}
     entries = {}
     for name, tensor in module.state_dict().items():
+        if name in packed:
+            entries[name] = _packed_entry(tensor)
+            continue
         target = norm_dtype(dtype) if name in norms else dtype
         if not tensor.is_floating_point():
             if not name.endswith(".num_batches_tracked"):
-                raise CheckpointError(f"{name!r} has dtype {tensor.dtype}: a quantised model cannot be saved")
+                raise CheckpointError(f"{name!r} has dtype {tensor.dtype}, which no layout can hold")
             target = torch.int64
         entries[name] = _entry(name, tensor, target or tensor.dtype)
     return entries
@@ -142,12 +151,18 @@ def _entry(name: str, tensor: Tensor, dtype: torch.dtype) -> Entry:
     return Entry(tuple(tensor.shape), dtype, lambda: converted(tensor.detach(), name, dtype=dtype, device="cpu"))
 
 
+def _packed_entry(tensor: Tensor) -> Entry:
+    num_rows, num_bytes = tensor.shape
+    return Entry((num_rows, num_bytes // 4), torch.uint32, lambda: tensor.cpu().contiguous().view(torch.uint32))
+
+
 def _with_image_row(config: Config, entries: dict[str, Entry]) -> tuple[Config, dict[str, Entry]]:
     """Give `<image>` a row when it lies past the table: transformers looks every id up before it merges."""
     language, rows = config.language, config.image_token_id + 1
     if rows <= language.vocab_size:
         return config, entries
-    tables = ("language.embed_tokens.weight", "language.lm_head.weight")
+    layers, tensors = ("language.embed_tokens", "language.lm_head"), ("weight", "scales", "biases")
+    tables = [f"{layer}.{tensor}" for layer in layers for tensor in tensors]
     padded = {name: _padded(entries[name], rows) for name in tables if name in entries}
     return replace(config, language=replace(language, vocab_size=rows)), entries | padded
 
@@ -162,7 +177,9 @@ def main_dtype(entries: Mapping[str, Entry]) -> torch.dtype:
     return entries["language.norm.weight"].dtype
 
 
-def _write_settings(place: Path, config: Config, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+def _write_settings(
+    place: Path, config: Config, tokenizer: Tokenizer, dtype: torch.dtype, packings: Mapping[str, Packing]
+) -> None:
     tokenizer.write(place, max_length=min(MAX_LENGTH, config.language.max_positions))
     (place / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
     model_config = huggingface.model_config(
@@ -171,7 +188,7 @@ def _write_settings(place: Path, config: Config, tokenizer: Tokenizer, dtype: to
         bos_id=tokenizer.end_of_text_id,
         dtype=str(dtype).removeprefix("torch."),
     )
-    write_json(place / "config.json", model_config)
+    write_json(place / "config.json", model_config | packing_settings(packings))
     write_json(place / "preprocessor_config.json", huggingface.preprocessor_config(config))
     write_json(place / "processor_config.json", huggingface.processor_config(config))
     write_generation_config(place, tokenizer, config.language.vocab_size)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastvlm.checkpoint.reading import Weights
 from fastvlm.errors import CheckpointError
+from fastvlm.model.quantize import Packing
 
 Rename = Callable[[str], str | None]
 """A stored name to ours; None when the layout has no such tensor."""
@@ -24,11 +25,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Parts:
-    """All tensors of one or more folders under our names, and what has no place among them."""
+    """All tensors of one or more folders under our names, and what has no place among them.
+
+    `packings` names the layers whose matrix stays quantised: `weight` is bytes, `scales` and `biases` are beside it.
+    """
 
     origin: str
     sources: dict[str, Source] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
+    packings: dict[str, Packing] = field(default_factory=dict)
 
     def has(self, part: str) -> bool:
         """Whether there is any tensor of `vision`, `projector` or `language`."""
@@ -43,6 +48,15 @@ class Parts:
         if name not in self.sources:
             raise CheckpointError(f"{self.origin}: missing {name!r}; is this a whole FastVLM checkpoint?")
         return self.sources[name].shape
+
+    def matrix_shape(self, layer: str) -> tuple[int, ...]:
+        """The shape of a layer's matrix, quantised or not.
+
+        Raises:
+            CheckpointError: There is no such layer.
+        """
+        shape, packing = self.shape(f"{layer}.weight"), self.packings.get(layer)
+        return shape if packing is None else (shape[0], shape[1] * 8 // packing.bits)
 
     def put(self, name: str, source: Source) -> None:
         """Add a tensor.

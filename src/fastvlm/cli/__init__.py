@@ -44,6 +44,7 @@ VERBS = {
     "models init": Verb("write a model of random weights", "ModelsInitOptions", "fastvlm.cli.models:init"),
     "convert": Verb("rewrite a checkpoint for other programs", "ConvertOptions", "fastvlm.cli.models:convert"),
     "export": Verb("write a model for ONNX, OpenVINO, Core ML, MLX", "ExportOptions", "fastvlm.cli.export:run"),
+    "quantize": Verb("give the language model 8 or 4 bits a weight", "QuantizeOptions", "fastvlm.cli.quantize:run"),
     "push": Verb("send a checkpoint to the Hugging Face hub", "PushOptions", "fastvlm.cli.push:run"),
     "train": Verb("train a model", "TrainOptions", "fastvlm.cli.train:run"),
     "pretrain": Verb("pretrain an encoder (stage 0)", "PretrainOptions", "fastvlm.cli.train:pretrain"),

@@ -139,7 +139,7 @@ def load_halves(source: Source, place: Path) -> tuple[Projector, Qwen2]:
     """Load projector and language model from a bundle's weights, in float32."""
     raw = read_json(place / "config.json")
     weights = Weights.open(place)
-    parts = mlx.translate_quantised(weights, raw, str(place), rename=mlx.rename)
+    parts = mlx.translate_mlx(weights, raw, str(place), keep_packed=False)
     config = source.config
 
     def part(name: str) -> Parts:

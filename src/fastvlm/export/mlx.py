@@ -74,7 +74,7 @@ def write(source: Source, request: Request, place: Path) -> Written:
 
 def read(source: Source, request: Request, place: Path, precision: Precision) -> Exported:
     """Load the folder as `fastvlm` loads MLX's layout, quantised weights through the floats they stand for."""
-    loaded = load(place, dtype=torch.float32)
+    loaded = load(place, dtype=torch.float32, dequantise=True)
     predictor = Predictor(loaded.model, loaded.tokenizer, place_on("cpu", "float32"))
     return Exported(
         runtime="fastvlm reading the folder, arithmetic in float32",

@@ -99,9 +99,11 @@ def _source(options: ExportOptions) -> Source:
         model.config = replace(model.config, vision=replace(model.config.vision, image_size=size))
         return model
 
-    checkpoint = load(folder, vision=options.vision)
+    checkpoint = load(folder, vision=options.vision, dequantise=True)
     sized(checkpoint.model)
-    return Source(checkpoint, lambda: sized(load(folder, vision=options.vision, dtype=torch.float32).model))
+    return Source(
+        checkpoint, lambda: sized(load(folder, vision=options.vision, dtype=torch.float32, dequantise=True).model)
+    )
 
 
 def _request(options: ExportOptions, source: Source, module: ModuleType) -> Request:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastvlm.config import LanguageConfig
 from fastvlm.model.cache import KVCache
+from fastvlm.model.quantize import QuantizedEmbedding
 
 
 class RMSNorm(nn.Module):
@@ -144,7 +145,11 @@ class Qwen2(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """`(..., D)` hidden states to `(..., V)` logits."""
-        return F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        if isinstance(self.embed_tokens, QuantizedEmbedding):
+            return self.embed_tokens.as_head(hidden)
+        return F.linear(hidden, self.embed_tokens.weight)
 
     def forward(self, embeds: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         """Read `(B, T, D)` behind what the cache holds; return hidden states `(B, T, D)`.

@@ -11,6 +11,7 @@ from fastvlm.options.checkpoint import (
     ModelsShowOptions,
     Precision,
     PushOptions,
+    QuantizeOptions,
 )
 from fastvlm.options.data import DataAssetsOptions, DataCheckOptions, DataSynthOptions
 from fastvlm.options.measure import BenchTrainOptions, EvalOptions
@@ -40,5 +41,6 @@ __all__ = [
     "PredictOptions",
     "PretrainOptions",
     "PushOptions",
+    "QuantizeOptions",
     "TrainOptions",
 ]

@@ -85,6 +85,24 @@ class ConvertOptions:
     """Replace a checkpoint that is there; a folder that holds anything else is left alone."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """Write a copy of a model whose language model has 8 or 4 bits a weight; encoder and projector stay as they are."""
+
+    model: Annotated[str, arg(aliases=("--model-path",))]
+    """Short name, or a checkpoint folder in any layout we read; it is left as it is."""
+    out: str
+    """The folder to write."""
+    bits: Literal[8, 4] = 8
+    """Of each weight; the embedding table and the head always have 8."""
+    group_size: Literal[32, 64, 128] | None = None
+    """Inputs that share a scale; by default a whole row for 8 bits and 32 for 4."""
+    overwrite: bool = False
+    """Replace a checkpoint that is there; a folder that holds anything else is left alone."""
+    quiet: bool = False
+    """No progress lines."""
+
+
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "q4", "q4f16"]
 """Formats of an export's weights; q4 has 4-bit matrices, q4f16 computes the rest in float16."""
 

@@ -89,7 +89,7 @@ def start_model(options: TrainOptions) -> tuple[FastVLM, Tokenizer]:
         raise InputError(
             f"{folder} is an adapter itself; merge it first: fastvlm convert --model {folder} --to hf --out ..."
         )
-    checkpoint = load(folder, dtype=torch.float32)
+    checkpoint = load(folder, dtype=torch.float32, dequantise=True)
     model = checkpoint.model
     if options.image_size is not None:
         try:

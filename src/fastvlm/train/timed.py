@@ -37,7 +37,7 @@ def time_steps(folder: Path, batch: Path, how: argparse.Namespace) -> dict[str, 
         Seconds of each step, losses, peak memory and versions.
     """
     placement = place("cpu", how.dtype)
-    model = load(folder, dtype=torch.float32).model.to(placement.device)
+    model = load(folder, dtype=torch.float32, dequantise=True).model.to(placement.device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     is_full = how.learn == "full"
     modes: dict[str, Learning] = {
