@@ -29,6 +29,27 @@ def facts(command: Sequence[str], device: torch.device) -> dict[str, Any]:
     }
 
 
+def machine_slug(device: torch.device, threads: int) -> str:
+    """A file name's words for the hardware that decides: the accelerator, or the processor and its threads."""
+    name = describe(device) if device.type != "cpu" else f"{processor()} {threads} threads"
+    return "-".join("".join(c if c.isalnum() else " " for c in name).lower().split())
+
+
+def results_path(output: str, name: str, machine: str) -> Path:
+    """Where results go: the file that was named, or `NAME-MACHINE.json` in the folder that was named."""
+    path = Path(output)
+    if path.suffix == ".json" and not path.is_dir():
+        return path
+    return path / f"{name}-{machine}.json"
+
+
+def route_of(loading: object) -> str:
+    """Name how the model runs: default, compile, or another engine."""
+    if getattr(loading, "compile", False):
+        return "compile"
+    return str(getattr(loading, "engine", None) or "default").replace("torch", "default")
+
+
 def commit() -> str:
     """Name the state of the code, where git knows it; `unknown` for an installed package."""
     try:

@@ -1,11 +1,13 @@
 """Programs that are measured in turns, so that what the machine does beside them hits all of them alike."""
 
+import contextlib
 import json
 import os
 import statistics
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from fastvlm.errors import InputError
 
@@ -56,3 +58,107 @@ def _run(name: str, command: Sequence[str], environment: Mapping[str, str]) -> d
 def median(rounds: Sequence[Mapping[str, Any]], key: str) -> float:
     """The middle of all times under `key`, over all rounds."""
     return statistics.median(value for one in rounds for value in one[key])
+
+
+class Runner:
+    """A program that stays: it has loaded what it measures, and measures when it is asked.
+
+    It is talked to in lines of JSON, as `rivals/lines.py` says. What it said first is in `hello`.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start the program and wait until it has loaded.
+
+        Args:
+            name: What messages call it.
+            command: Its command line.
+            environment: Variables that are set for it.
+
+        Raises:
+            InputError: It cannot be run, or ends before it has said hello.
+        """
+        self.name = name
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  (until `close`)
+        try:
+            self._process = subprocess.Popen(
+                command,
+                env={**os.environ, **environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                encoding="utf-8",
+            )
+        except OSError as error:
+            self._errors.close()
+            raise InputError(f"{name}: {command[0]} cannot be run: {error.strerror or error}") from error
+        try:
+            self.hello = self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, what: str, **details: Any) -> dict[str, Any]:
+        """Have something measured; return the answer.
+
+        Raises:
+            InputError: The program has ended, or says that it could not.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": what, **details}) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            pass  # it has ended; reading tells why
+        answer = self._read()
+        if "error" in answer:
+            raise InputError(f"{self.name}: {what}: {answer['error'][:300]}")
+        return answer
+
+    def close(self) -> None:
+        """Let the program end."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._errors.close()
+
+    def __enter__(self) -> Self:
+        """Use it in a `with`."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let it end, whatever happened; an interrupted one does not go on."""
+        self.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if isinstance(answer, dict):
+            return answer
+        self._process.kill()
+        status = self._process.wait()
+        self._errors.seek(0)
+        said = (self._errors.read().strip().splitlines() or ["it said nothing"])[-1]
+        raise InputError(f"{self.name}: ended with status {status}: {said[:300]}")
+
+
+def interleave(
+    runners: Sequence[Runner], rounds: int, measure: Callable[[Runner], dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure each program once a round, in the opposite order in odd rounds; collect what they answer by name."""
+    found: dict[str, list[dict[str, Any]]] = {runner.name: [] for runner in runners}
+    for number in range(rounds):
+        for runner in runners[:: -1 if number % 2 else 1]:
+            found[runner.name].append(measure(runner))
+    return found

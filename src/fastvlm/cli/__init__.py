@@ -49,6 +49,16 @@ VERBS = {
     "train": Verb("train a model", "TrainOptions", "fastvlm.cli.train:run"),
     "pretrain": Verb("pretrain an encoder (stage 0)", "PretrainOptions", "fastvlm.cli.train:pretrain"),
     "eval": Verb("measure a model", "EvalOptions", "fastvlm.cli.evaluate:run"),
+    "bench latency": Verb("time each part of an answer", "BenchLatencyOptions", "fastvlm.cli.bench:latency"),
+    "bench throughput": Verb(
+        "count pictures and tokens a second", "BenchThroughputOptions", "fastvlm.cli.bench:throughput"
+    ),
+    "bench peers": Verb("time an answer beside other programs", "BenchPeersOptions", "fastvlm.cli.bench:peers"),
+    "bench roofline": Verb(
+        "tell how far the hardware's limits are", "BenchRooflineOptions", "fastvlm.cli.bench:roofline"
+    ),
+    "bench paper": Verb("time the encoders of the paper", "BenchPaperOptions", "fastvlm.cli.bench:paper"),
+    "bench plot": Verb("draw accuracy against that time", "BenchPlotOptions", "fastvlm.cli.bench:plot"),
     "bench train": Verb("time a step of training", "BenchTrainOptions", "fastvlm.cli.bench:train"),
     "data assets": Verb("fetch the fonts and emoji of nano's pictures", "DataAssetsOptions", "fastvlm.cli.data:assets"),
     "data synth": Verb("draw nano's pictures and questions", "DataSynthOptions", "fastvlm.cli.data:synth"),
@@ -141,7 +151,7 @@ def _help(prefix: str) -> str:
     lines = [f"usage: fastvlm {prefix or 'COMMAND'} [...]", ""]
     if not prefix:
         lines += ["A picture and a question in, the answer out.", ""]
-    lines += [f"  {name:<13} {verb.summary}" for name, verb in VERBS.items() if name.startswith(prefix)]
+    lines += [f"  {name:<16} {verb.summary}" for name, verb in VERBS.items() if name.startswith(prefix)]
     lines += ["", "`fastvlm COMMAND --help` shows a command's options."]
     if not prefix:
         lines += ["", "  fastvlm predict --image cat.jpg --prompt 'What is this?'"]

@@ -14,12 +14,29 @@ from fastvlm.options.checkpoint import (
     QuantizeOptions,
 )
 from fastvlm.options.data import DataAssetsOptions, DataCheckOptions, DataSynthOptions
-from fastvlm.options.measure import BenchTrainOptions, EvalOptions
+from fastvlm.options.measure import (
+    ROUTES,
+    BenchLatencyOptions,
+    BenchPaperOptions,
+    BenchPeersOptions,
+    BenchPlotOptions,
+    BenchRooflineOptions,
+    BenchThroughputOptions,
+    BenchTrainOptions,
+    EvalOptions,
+)
 from fastvlm.options.train import CAPTION_PROMPT, FRESH, Learning, PretrainOptions, TrainOptions
 
 __all__ = [
     "CAPTION_PROMPT",
     "FRESH",
+    "ROUTES",
+    "BenchLatencyOptions",
+    "BenchPaperOptions",
+    "BenchPeersOptions",
+    "BenchPlotOptions",
+    "BenchRooflineOptions",
+    "BenchThroughputOptions",
     "BenchTrainOptions",
     "ChatOptions",
     "ConvertOptions",
