@@ -5,6 +5,10 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
+# make RIVAL_PYTHON=/path/to/python bench      also beside others: an interpreter with torch, transformers 5 and timm
+RIVAL_PYTHON ?=
+BENCH := $(BIN)/fastvlm bench
+KEEP := --output benchmarks/results
 QUICK := not slow and not oracle and not weights and not gpu
 
 .PHONY: help demo test test-all check bench numbers wheel
@@ -15,8 +19,8 @@ help:
 	@echo 'make test       the quick tests'
 	@echo 'make test-all   all tests that can run here'
 	@echo 'make check      format, lint and types'
-	@echo 'make bench      time nano, and the 0.5B model with random weights, on this machine'
-	@echo 'make numbers    measure nano on 1,000 new pictures a task'
+	@echo 'make bench      time nano, and the 0.5B model with random weights, on this machine (docs/benchmarks.md)'
+	@echo 'make numbers    measure nano on 1,000 new pictures a task; write the tables of docs/benchmarks.md'
 	@echo 'make wheel      build the wheel into dist/'
 
 $(READY): pyproject.toml constraints.txt
@@ -42,11 +46,21 @@ check: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/latency.py
+	$(BENCH) roofline --model 0.5b $(KEEP)
+	$(BENCH) latency --rounds 3 $(KEEP)
+	$(BENCH) latency --model 0.5b --rounds 3 $(KEEP)
+	$(BENCH) throughput --model 0.5b --rounds 1 $(KEEP)
+ifneq ($(RIVAL_PYTHON),)
+	$(BENCH) peers --rival-python $(RIVAL_PYTHON) --rounds 3 --llava-rounds 1 $(KEEP)
+	$(BENCH) paper --rival-python $(RIVAL_PYTHON) --rounds 2 $(KEEP)
+	$(BENCH) plot "$$(ls -t benchmarks/results/paper-*.json | head -n 1)" --out docs/accuracy-against-ttft
+endif
+	$(BIN)/python benchmarks/tables.py
 
 numbers: $(READY)
 	$(BIN)/fastvlm data assets
 	$(BIN)/fastvlm eval --tasks nano --output benchmarks/results/nano.json
+	$(BIN)/python benchmarks/tables.py
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel --no-isolation

@@ -1,6 +1,7 @@
 """What the documents say is so: snippets run, commands parse, quoted help is the help, links lead somewhere."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -136,6 +137,18 @@ def test_tests_that_documents_name_exist(path):
 
     for word in re.findall(r"\b(test_\w+(?:\.py)?)", path.read_text(encoding="utf-8")):
         assert word in known | functions, f"{name_of(path)} names {word}"
+
+
+def test_the_tables_of_the_benchmarks_are_what_the_results_say():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    text = tables.DOCUMENT.read_text(encoding="utf-8")
+
+    for kind in tables.TABLES:
+        assert text.count(f"<!-- {kind}: from benchmarks/results; make numbers -->") == 1
+        assert text.count(f"<!-- /{kind} -->") == 1
+    assert tables.rewrite(text, tables.RESULTS) == text, "run python benchmarks/tables.py"
 
 
 @pytest.mark.parametrize("path", READMES, ids=name_of)

@@ -15,13 +15,14 @@ from fastvlm import cli, options
 from fastvlm.cli import flags
 from fastvlm.errors import InputError
 
-POSITIONAL = ("name", "preset", "format")
+POSITIONAL = ("name", "preset", "format", "results")
 PARSED = sorted({(verb.options, name) for name, verb in cli.VERBS.items()})
 
 
 def required_arguments(kind):
     """The shortest command line that an options class takes."""
     needed = {"output": "o", "out": "o", "model": "m", "to": "hf", "name": "nano", "preset": "nano", "format": "onnx"}
+    needed |= {"data": "d", "rival_python": "python", "results": "r"}
     for field in dataclasses.fields(kind):
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             value = needed[field.name]

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 
 from fastvlm.benchmark import costs
-from fastvlm.benchmark.record import facts, load_average, machine_slug, results_path, route_of, write_results
+from fastvlm.benchmark.record import facts, keep, load_average, route_of
 from fastvlm.benchmark.spread import slope, summaries, summary
 from fastvlm.benchmark.subject import (
     copies,
@@ -82,9 +82,10 @@ def run(options: BenchLatencyOptions, *, command: Sequence[str], report: Callabl
         },
         "results": found,
     }
-    if options.output is not None:
-        parts = ["latency", label(loading.model)] + [word for word in (route_of(loading),) if word != "default"]
-        write_results(results_path(options.output, "-".join(parts), machine_slug(device, threads)), results)
+    route = route_of(loading)
+    stem = "-".join(["latency", label(loading.model), *([] if route == "default" else [route])])
+    if path := keep(results, options.output, stem):
+        report(f"written to {path}")
     return results
 
 

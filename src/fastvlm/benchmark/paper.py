@@ -15,7 +15,7 @@ import torch
 
 from fastvlm.benchmark import costs
 from fastvlm.benchmark.published import ENCODERS, FASTVITHD, LANGUAGE, SOURCE, Encoder, Point
-from fastvlm.benchmark.record import facts, load_average, machine_slug, results_path, route_of, write_results
+from fastvlm.benchmark.record import facts, keep, load_average, route_of
 from fastvlm.benchmark.spread import summary
 from fastvlm.benchmark.subject import environment, folder_of, label, num_threads, start
 from fastvlm.benchmark.turns import Runner
@@ -81,8 +81,8 @@ def run(options: BenchPaperOptions, *, command: Sequence[str], report: Callable[
         "versions_of_programs": versions,
         "results": rows,
     }
-    if options.output is not None:
-        write_results(results_path(options.output, "paper", machine_slug(device, threads)), results)
+    if path := keep(results, options.output, "paper"):
+        report(f"written to {path}")
     return results
 
 

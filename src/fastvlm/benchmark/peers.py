@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvlm.benchmark import costs
-from fastvlm.benchmark.record import facts, load_average, machine_slug, results_path, write_results
+from fastvlm.benchmark.record import facts, keep, load_average
 from fastvlm.benchmark.spread import summaries
 from fastvlm.benchmark.subject import (
     AFTER,
@@ -135,9 +135,8 @@ def run(options: BenchPeersOptions, *, command: Sequence[str], report: Callable[
     if found_llava is not None:
         results["llava_onevision"] = found_llava
     results["ratios"] = ratios(summarised, found_llava, flops)
-    if options.output is not None:
-        slug = machine_slug(placement.device, threads)
-        write_results(results_path(options.output, f"peers-{label(options.model)}", slug), results)
+    if path := keep(results, options.output, f"peers-{label(options.model)}"):
+        report(f"written to {path}")
     return results
 
 

@@ -29,25 +29,29 @@ def facts(command: Sequence[str], device: torch.device) -> dict[str, Any]:
     }
 
 
-def machine_slug(device: torch.device, threads: int) -> str:
-    """A file name's words for the hardware that decides: the accelerator, or the processor and its threads."""
-    name = describe(device) if device.type != "cpu" else f"{processor()} {threads} threads"
-    return "-".join("".join(c if c.isalnum() else " " for c in name).lower().split())
-
-
-def results_path(output: str, name: str, machine: str) -> Path:
-    """Where results go: the file that was named, or `NAME-MACHINE.json` in the folder that was named."""
-    path = Path(output)
-    if path.suffix == ".json" and not path.is_dir():
-        return path
-    return path / f"{name}-{machine}.json"
-
-
 def route_of(loading: object) -> str:
     """Name how the model runs: default, compile, or another engine."""
     if getattr(loading, "compile", False):
         return "compile"
     return str(getattr(loading, "engine", None) or "default").replace("torch", "default")
+
+
+def keep(results: Mapping[str, Any], output: str | None, stem: str) -> Path | None:
+    """Write results where they are wanted: into the file that is named, or as `STEM-MACHINE.json` into the folder.
+
+    Raises:
+        InputError: They cannot be written.
+    """
+    if output is None:
+        return None
+    path = Path(output)
+    if path.suffix != ".json" or path.is_dir():
+        name = f"{results['processor']} {results['threads']} threads"
+        name = name if "CPU" in results["machine"] else results["machine"]
+        slug = "-".join("".join(c if c.isalnum() else " " for c in name).lower().split())
+        path = path / f"{stem}-{slug}.json"
+    write_results(path, results)
+    return path
 
 
 def commit() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastvlm.benchmark import ceilings, costs
 from fastvlm.benchmark.costs import BITS, Cost
-from fastvlm.benchmark.record import facts, load_average, machine_slug, results_path, route_of, write_results
+from fastvlm.benchmark.record import facts, keep, load_average, route_of
 from fastvlm.benchmark.spread import summary
 from fastvlm.benchmark.subject import folder_of, label, num_threads, side_of, start, write_task
 from fastvlm.checkpoint.load import load as load_checkpoint
@@ -77,9 +77,8 @@ def run(options: BenchRooflineOptions, *, command: Sequence[str], report: Callab
             "decode_at_most": decode_limits(config, length, ceiling),
         },
     }
-    if options.output is not None:
-        stem = f"roofline-{label(loading.model)}"
-        write_results(results_path(options.output, stem, machine_slug(device, threads)), results)
+    if path := keep(results, options.output, f"roofline-{label(loading.model)}"):
+        report(f"written to {path}")
     return results
 
 

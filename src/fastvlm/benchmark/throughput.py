@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastvlm.benchmark.record import facts, load_average, machine_slug, results_path, route_of, write_results
+from fastvlm.benchmark.record import facts, keep, load_average, route_of
 from fastvlm.benchmark.spread import summary
 from fastvlm.benchmark.subject import folder_of, label, num_threads, side_of, start
 from fastvlm.options import BenchThroughputOptions
@@ -60,7 +60,8 @@ def run(options: BenchThroughputOptions, *, command: Sequence[str], report: Call
         },
         "results": {"encoder": pictures, "generate": tokens, "peak_mb": round(memory["peak_bytes"] / 1e6)},
     }
-    if options.output is not None:
-        parts = ["throughput", label(loading.model)] + [word for word in (route_of(loading),) if word != "default"]
-        write_results(results_path(options.output, "-".join(parts), machine_slug(device, threads)), results)
+    route = route_of(loading)
+    stem = "-".join(["throughput", label(loading.model), *([] if route == "default" else [route])])
+    if path := keep(results, options.output, stem):
+        report(f"written to {path}")
     return results

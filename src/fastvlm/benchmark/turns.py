@@ -146,7 +146,8 @@ class Runner:
             answer = None
         if isinstance(answer, dict):
             return answer
-        self._process.kill()
+        if line:
+            self._process.kill()
         status = self._process.wait()
         self._errors.seek(0)
         said = (self._errors.read().strip().splitlines() or ["it said nothing"])[-1]

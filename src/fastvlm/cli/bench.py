@@ -51,7 +51,6 @@ def latency(options: BenchLatencyOptions, output: Output) -> None:
             )
     if "command" in found:
         output.line(f"{'fastvlm predict':<24} {1000 * found['command']['wall_s']['median']:>10.0f} ms in all")
-    _written(options, output)
 
 
 def throughput(options: BenchThroughputOptions, output: Output) -> None:
@@ -65,7 +64,6 @@ def throughput(options: BenchThroughputOptions, output: Output) -> None:
             f"{row['rows']:>5} rows      {row['tokens_per_second']['median']:>9.2f} tokens/s with prefill, "
             f"{row['decode_tokens_per_second']['median']:.2f} without"
         )
-    _written(options, output)
 
 
 def peers(options: BenchPeersOptions, output: Output) -> None:
@@ -89,7 +87,6 @@ def peers(options: BenchPeersOptions, output: Output) -> None:
             output.line(f"{name} against {other}: {words}")
     for name, reason in results["not_measured"].items():
         output.note(f"fastvlm: {name} was not measured: {reason}")
-    _written(options, output)
 
 
 def roofline(options: BenchRooflineOptions, output: Output) -> None:
@@ -103,7 +100,6 @@ def roofline(options: BenchRooflineOptions, output: Output) -> None:
         output.line(rooflines.line(row))
     limits = ", ".join(f"{name} {rate:.1f}" for name, rate in results["results"]["decode_at_most"].items())
     output.line(f"decoding at most, tokens/s: {limits}")
-    _written(options, output)
 
 
 def paper(options: BenchPaperOptions, output: Output) -> None:
@@ -112,7 +108,6 @@ def paper(options: BenchPaperOptions, output: Output) -> None:
     _settings(results, output)
     for row in results["results"]:
         output.line(papers.line(row))
-    _written(options, output)
 
 
 def plot(options: BenchPlotOptions, output: Output) -> None:
@@ -135,7 +130,8 @@ def train(options: BenchTrainOptions, output: Output) -> None:
             f"fastvlm is {results['ratio']:.2f} times as fast as transformers by the clock, "
             f"{results['processor_ratio']:.2f} times by the processors' seconds"
         )
-    _written(options, output)
+    if options.output is not None:
+        output.note(f"fastvlm: written to {options.output}")
 
 
 def _command() -> list[str]:
@@ -154,8 +150,3 @@ def _settings(results: dict[str, Any], output: Output) -> None:
     said = results["settings"]
     words = [str(said[name]) for name in ("model", "route", "dtype", "device") if name in said]
     output.line(f"{', '.join(words)}; {results['processor']}, load average {results['load_average']['before']}")
-
-
-def _written(options: Any, output: Output) -> None:
-    if options.output is not None:
-        output.note(f"fastvlm: written to {options.output}")

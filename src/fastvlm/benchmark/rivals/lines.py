@@ -19,6 +19,7 @@ def open_channel() -> TextIO:
     """Keep standard output for answers; whatever else is printed goes to standard error."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    sys.stdout = sys.stderr
     return channel
 
 

@@ -1,0 +1,204 @@
+"""Write the tables of docs/benchmarks.md from the JSON files in benchmarks/results: `python benchmarks/tables.py`.
+
+A table stands between `<!-- KIND: from benchmarks/results; make numbers -->` and `<!-- /KIND -->`; each file whose name
+begins with the kind gives one. A test says that the document is what this makes of it.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+RESULTS = Path(__file__).parent / "results"
+Results = dict[str, Any]
+
+
+def main() -> None:
+    """Rewrite the document where that changes it."""
+    old = DOCUMENT.read_text(encoding="utf-8")
+    if (new := rewrite(old, RESULTS)) != old:
+        DOCUMENT.write_text(new, encoding="utf-8")
+    print(f"{DOCUMENT.relative_to(ROOT)} says what {RESULTS.relative_to(ROOT)} says")
+
+
+def rewrite(text: str, folder: Path) -> str:
+    """Put into each marked place what the results of its kind say."""
+    for kind, table in TABLES.items():
+        begin, end = f"<!-- {kind}: from benchmarks/results; make numbers -->", f"<!-- /{kind} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        blocks = [_block(path, table) for path in sorted(folder.glob(f"{kind}-*.json"))]
+        body = "\n\n".join(blocks) or "Not measured yet."
+        text = pattern.sub(lambda _, begin=begin, body=body, end=end: f"{begin}\n\n{body}\n\n{end}", text)  # type: ignore[misc]
+    return text
+
+
+def _block(path: Path, table: Callable[[Results], str]) -> str:
+    results: Results = json.loads(path.read_text(encoding="utf-8"))
+    said, busy = results["settings"], results["load_average"]
+    hardware = f"{results['processor']}, {results['threads']} threads"
+    if "CPU" not in results["machine"]:
+        hardware = results["machine"]
+    details = [f"{name.replace('_', ' ')} {said[name]}" for name in ("route", "dtype", "image_size") if name in said]
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    load = f"load average {busy['before'][0]} before, {busy['after'][0]} after" if busy["before"] else "load unknown"
+    heading = f"**{said['model']}** on {hardware} ({', '.join(details)}; {load}):"
+    source = f"`{results['command']}`, commit {results['commit']}, {versions}: `benchmarks/results/{path.name}`"
+    return f"{heading}\n\n{table(results)}\n\n{source}"
+
+
+def _rows(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    lines = [list(head), *(["" if cell is None else str(cell) for cell in row] for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _ms(value: dict[str, Any] | None) -> str:
+    return "" if value is None else f"{value['median']:,.1f}"
+
+
+def _latency(results: Results) -> str:
+    found = results["results"]
+    parts = {
+        "vision (encoder and projector)": found["vision_ms"],
+        "of it the projector": found["project_ms"],
+        "prefill": found["prefill_ms"],
+        "of it choosing the first token": found["first_token_ms"],
+        "**ttft_pixels**": found["ttft_pixels_ms"],
+        "decoding, a token": found["decode_ms"],
+        "a file: reading and resizing": found["file"]["preprocess_ms"],
+        "**ttft** from the file": found["file"]["ttft_ms"],
+        "**ttft** of a second question": found["second_question"]["ttft_ms"],
+    }
+    rows = [(name, _ms(value), f"{value['p95']:,.1f}", f"{value['spread']:.0%}") for name, value in parts.items()]
+    text = _rows(("part", "median, ms", "p95, ms", "spread"), rows)
+    share = found["second_question"]["share"]
+    text += (
+        f"\n\nLoading takes {found['load_ms']:,.0f} ms and the first answer {found['warm_up_ms']:,.0f} ms more; "
+        f"{found['tokens_per_second']:.1f} tokens/s; peak memory {found['peak_mb']['peak']:,} MB. The file is a "
+        f"{found['file']['picture']}. A second question takes {share:.0%} of the first."
+    )
+    if "command" in found:
+        text += f" `fastvlm predict` takes {found['command']['wall_s']['median']:.1f} s in all."
+    for name, size, part in (("size", "image_size", "vision_ms"), ("length", "length", "prefill_ms")):
+        if curve := found.get(f"against_{name}"):
+            points = curve["points"]
+            text += "\n\n" + _rows(
+                ("pixels" if name == "size" else "tokens", *(f"{point[size]}" for point in points)),
+                (
+                    ("vision, ms" if name == "size" else "prefill, ms", *(_ms(point[part]) for point in points)),
+                    ("GFLOP", *(f"{point['gflop']:,.0f}" for point in points)),
+                ),
+            )
+            text += f"\n\nTime grows with the power {curve['slope']}, operations with {curve['flops_slope']}."
+    return text
+
+
+def _throughput(results: Results) -> str:
+    found = results["results"]
+    pictures = _rows(
+        ("pictures together", *(f"{row['batch_size']}" for row in found["encoder"])),
+        [("pictures/s", *(f"{row['pictures_per_second']['median']:.2f}" for row in found["encoder"]))],
+    )
+    writing = _rows(
+        ("rows together", *(f"{row['rows']}" for row in found["generate"])),
+        [
+            ("tokens/s with prefill", *(f"{row['tokens_per_second']['median']:.1f}" for row in found["generate"])),
+            ("without", *(f"{row['decode_tokens_per_second']['median']:.1f}" for row in found["generate"])),
+        ],
+    )
+    return f"{pictures}\n\n{writing}"
+
+
+def _peers(results: Results) -> str:
+    programs = dict(results["results"])
+    if "llava_onevision" in results:
+        programs["LLaVA-OneVision-0.5B, 10 crops, transformers"] = results["llava_onevision"]
+    rows = [
+        (
+            name,
+            _ms(row["vision_ms"]),
+            _ms(row["prefill_ms"]),
+            _ms(row["ttft_pixels_ms"]),
+            row.get("tokens_per_second"),
+            f"{row['peak_mb']:,}",
+            f"{row['relative_error']:.1e}" if "relative_error" in row else None,
+        )
+        for name, row in programs.items()
+    ]
+    head = ("program", "vision, ms", "prefill, ms", "ttft_pixels, ms", "tokens/s", "peak MB", "logits differ by")
+    text = _rows(head, rows)
+    others = sorted({other for found in results["ratios"].values() for other in found})
+    for other in others:
+        parts = list(next(found[other] for found in results["ratios"].values() if other in found))
+        text += f"\n\nTimes as fast as {other}" + (" (`flops`: the ratio of operations)" if "flops" in parts else "")
+        rates = [(name, *(found[other][part] for part in parts)) for name, found in results["ratios"].items()]
+        text += ":\n\n" + _rows(("program", *parts), rates)
+    if results["not_measured"]:
+        text += (
+            "\n\nNot measured: " + "; ".join(f"{name}: {why}" for name, why in results["not_measured"].items()) + "."
+        )
+    return text
+
+
+def _roofline(results: Results) -> str:
+    found = results["results"]
+    names = list(next(iter(found["ceilings"].values())))
+    ceilings = _rows(
+        ("threads", *(name.replace("_tflops", ", TFLOP/s").replace("_gb_per_s", ", GB/s") for name in names)),
+        ((count, *(rates[name] for name in names)) for count, rates in found["ceilings"].items()),
+    )
+    parts = _rows(
+        ("part", "GFLOP", "MB", "limit, ms", "bound by", "measured, ms", "times the limit"),
+        (
+            (
+                row["part"],
+                row["gflop"],
+                row["mbyte"],
+                row["limit_ms"],
+                row["bound_by"],
+                _ms(row.get("measured_ms")),
+                row.get("times_the_limit"),
+            )
+            for row in found["parts"]
+        ),
+    )
+    limits = ", ".join(f"{rate} ({name})" for name, rate in found["decode_at_most"].items())
+    return f"{ceilings}\n\n{parts}\n\nDecoding at most, tokens/s: {limits}."
+
+
+def _paper(results: Results) -> str:
+    rows = [
+        (
+            f"{row['encoder']} ({row['program']})",
+            row["image_size"],
+            row["tokens"],
+            row["parameters_m"],
+            row["gflop"],
+            _ms(row["encode_ms"]),
+            _ms(row["prefill_ms"]),
+            f"{row['ttft_ms']:,.1f}",
+            row["paper"]["encoder_ms"],
+            row["paper"]["ttft_ms"],
+            row["paper"]["accuracy"],
+        )
+        for row in results["results"]
+    ]
+    head = ("encoder", "pixels", "tokens", "M weights", "GFLOP", "encoder, ms", "prefill, ms", "ttft, ms")
+    text = _rows((*head, "paper: encoder, ms", "paper: ttft, ms", "paper: accuracy"), rows)
+    return f"{text}\n\nThe paper's figures: {results['settings']['published']}."
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "latency": _latency,
+    "throughput": _throughput,
+    "peers": _peers,
+    "roofline": _roofline,
+    "paper": _paper,
+}
+
+
+if __name__ == "__main__":
+    main()
