@@ -151,7 +151,7 @@ def _help(prefix: str) -> str:
     lines = [f"usage: fastvlm {prefix or 'COMMAND'} [...]", ""]
     if not prefix:
         lines += ["A picture and a question in, the answer out.", ""]
-    lines += [f"  {name:<16} {verb.summary}" for name, verb in VERBS.items() if name.startswith(prefix)]
+    lines += [f"  {name:<17} {verb.summary}" for name, verb in VERBS.items() if name.startswith(prefix)]
     lines += ["", "`fastvlm COMMAND --help` shows a command's options."]
     if not prefix:
         lines += ["", "  fastvlm predict --image cat.jpg --prompt 'What is this?'"]
