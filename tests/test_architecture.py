@@ -26,7 +26,7 @@ LAYERS = [  # from the bottom up: a module may import its own unit and earlier r
     {"device"},
     {"model", "fetch", "image", "prompt", "synth", "metrics"},
     {"checkpoint"},
-    {"generate"},
+    {"generate", "reuse"},
     {"predict", "engine"},
     {"chat", "batch", "train", "evaluate", "benchmark", "export", "quantize", "serve"},
     {"cli"},

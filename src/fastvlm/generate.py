@@ -3,8 +3,9 @@
 Letters: `B` rows, `T` tokens, `D` width of language, `V` vocabulary, `P` images, `N` positions of an image.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,6 +19,7 @@ from fastvlm.options import GenerationOptions
 from fastvlm.prompt import Detokenizer, StopStrings, Tokenizer
 
 FinishReason = Literal["stop", "length"]
+_LOOKUP_SIZES = (2, 1)
 PREFILL_CHUNK = 2048  # positions at once: bounds the memory of a long prompt's attention
 
 
@@ -30,6 +32,10 @@ class Chunk:
     token_id: int | None
     """The token chosen; None for the stop token and for text that was held back until the end."""
     finish_reason: FinishReason | None = None
+    num_drafted: int = 0
+    """Guesses that were checked in the step that began with this token (`prompt_lookup`)."""
+    is_drafted: bool = False
+    """Whether this token is a guess that was right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,38 @@ def decode_step(model: FastVLM, token_id: Tensor, cache: KVCache) -> Tensor:
     hidden = model.language(model.language.embed(token_id), cache)  # (B, 1, D)
     cache.advance([1] * len(token_id))
     return model.language.head(hidden[:, -1])
+
+
+class PromptLookup:
+    """Guesses what comes next in a text that repeats itself: what followed its last words before.
+
+    The last two tokens, or else the last one, are looked for from the beginning on; what followed them where they
+    first stood is the guess (Saxena 2023, https://github.com/apoorvumang/prompt-lookup-decoding), as transformers'
+    `prompt_lookup_num_tokens` has it.
+    """
+
+    def __init__(self, token_ids: Sequence[int], never: Collection[int]) -> None:
+        """Begin with a prompt; a guess ends before any id of `never` (stop tokens, placeholders)."""
+        self._ids: list[int] = []
+        self._never = never
+        self._ends: dict[tuple[int, ...], int] = {}  # of the first place where one or two tokens stand
+        for token_id in token_ids:
+            self.push(token_id)
+
+    def push(self, token_id: int) -> None:
+        """Take the next token of the text."""
+        self._ids.append(token_id)
+        for size in _LOOKUP_SIZES:
+            self._ends.setdefault(tuple(self._ids[-size:]), len(self._ids))
+
+    def draft(self, num_tokens: int) -> list[int]:
+        """Guess at most `num_tokens`, perhaps none."""
+        for size in _LOOKUP_SIZES:
+            end = self._ends[tuple(self._ids[-size:])]
+            if num_tokens > 0 and end < len(self._ids):
+                guess = self._ids[end : end + num_tokens]
+                return list(itertools.takewhile(lambda token_id: token_id not in self._never, guess))
+        return []
 
 
 class Sampler:
@@ -192,11 +230,18 @@ def continue_rows(  # noqa: PLR0913  (a state, and how to go on from it)
 
     Raises:
         DeviceError: The logits are not finite: the format of the arithmetic overflowed, or the weights are damaged.
+        InputError: Several rows are to look up their prompts.
     """
     if not bool(torch.isfinite(logits).all()):
         raise DeviceError("the model computes NaN or infinity; use --dtype float32, or other weights")
     is_forbidden = forbidden(tokenizer, logits.shape[-1], logits.device)
     rows = [_Row(tokenizer, own, prompt, logits.device) for prompt, own in zip(prompts, options, strict=True)]
+    if any(own.prompt_lookup for own in options):
+        if len(rows) > 1:
+            raise InputError(f"prompt_lookup reads ahead in one row, got {len(rows)} prompts; ask them one by one")
+        lookup = PromptLookup(prompts[0], {*tokenizer.stop_ids, *is_forbidden.nonzero().flatten().tolist()})
+        yield from _continue_ahead(model, rows[0], lookup, logits, cache, is_forbidden)
+        return
     while True:
         logits = logits.masked_fill(is_forbidden, -torch.inf)
         chosen = [tokenizer.end_of_text_id] * len(rows)
@@ -209,6 +254,32 @@ def continue_rows(  # noqa: PLR0913  (a state, and how to go on from it)
         if all(row.finish_reason is not None for row in rows):
             return
         logits = decode_step(model, torch.tensor(chosen, device=logits.device)[:, None], cache)
+
+
+def _continue_ahead(  # noqa: PLR0913  (a state, and how to go on from it)
+    model: FastVLM, row: _Row, lookup: PromptLookup, logits: Tensor, cache: KVCache, is_forbidden: Tensor
+) -> Iterator[list[Chunk | None]]:
+    """Write one row's answer, reading guessed tokens together with the one before them.
+
+    A guess counts when it is what is chosen in its place; what was read behind the first wrong one is overwritten. At
+    each chunk the cache counts what it would count without guesses.
+    """
+    draft: list[int] = []
+    while True:
+        for index, scores in enumerate(logits.masked_fill(is_forbidden, -torch.inf)):  # one row more than guesses
+            token_id = row.sampler.choose(scores)
+            is_drafted = index < len(draft) and token_id == draft[index]
+            yield [replace(row.push(token_id), num_drafted=0 if index else len(draft), is_drafted=is_drafted)]
+            if row.finish_reason is not None:
+                return
+            lookup.push(token_id)
+            if not is_drafted:
+                break
+            cache.advance([1])
+        draft = lookup.draft(min(row.sampler.options.prompt_lookup, row.num_left - 1))
+        token_ids = torch.tensor([[token_id, *draft]], device=logits.device)
+        logits = model.language.head(model.language(model.language.embed(token_ids), cache)[0])  # (1 + guesses, V)
+        cache.advance([1])
 
 
 @torch.inference_mode()

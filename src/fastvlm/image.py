@@ -4,6 +4,7 @@ A picture is refused by its header, before anything is decoded, and whatever is 
 The resampling is Pillow's own, so the numbers are those of Apple's code to the last bit.
 """
 
+import hashlib
 import importlib
 import io
 import math
@@ -15,6 +16,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -125,17 +127,56 @@ def read(  # noqa: PLR0913
     Raises:
         InputError: There is no such file, or it is not a whole picture that we accept.
     """
+    with opened(source, max_pixels=max_pixels, exif=exif, alpha=alpha, formats=formats, name=name) as picture:
+        return picture.rgb
+
+
+class Picture:
+    """A picture whose header is good; the rest is read when somebody asks for it."""
+
+    def __init__(self, image: Image.Image, file: BinaryIO | None, label: str, **rules: Any) -> None:
+        self._image, self._file, self._label, self._rules = image, file, label, rules
+
+    @cached_property
+    def rgb(self) -> Image.Image:
+        """The picture as `read` gives it."""
+        return _to_rgb(self._image, self._label, **self._rules)
+
+    def digest(self) -> bytes:
+        """SHA-256 of the file's bytes (of one over 512 MiB a random number), or of a picture's size and RGB pixels."""
+        if (file := self._file) is None:
+            return hashlib.sha256(b"RGB %d %d " % self.rgb.size + self.rgb.tobytes()).digest()
+        digest = hashlib.sha256()
+        with _decoding(self._label):
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)  # whoever decodes seeks for himself
+            while size <= _MAX_STREAM_BYTES and (block := file.read(1 << 20)):
+                digest.update(block)
+        return digest.digest() if size <= _MAX_STREAM_BYTES else os.urandom(32)
+
+
+@contextmanager
+def opened(  # noqa: PLR0913
+    source: str | Path | bytes | BinaryIO | Image.Image,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    exif: Literal["apply", "ignore"] = "apply",
+    alpha: Literal["drop", "white"] = "drop",
+    formats: tuple[str, ...] = FORMATS,
+    name: str | None = None,
+) -> Iterator[Picture]:
+    """Do what `read` does, in two steps: a picture that is known already need not be decoded."""
     label = _label(source, name)
     if unknown := sorted(set(formats) - set(FORMATS)):
         raise InputError(f"formats must be among {FORMATS}, got {unknown[0]!r}")
     if isinstance(source, Image.Image):
         _check_size(source.size, label, max_pixels)
         with _decoding(label):
-            picture = source.copy()
-        return _to_rgb(picture, label, exif=exif, alpha=alpha)
+            image = source.copy()
+        yield Picture(image, None, label, exif=exif, alpha=alpha)
+        return
     with _open_source(source, label) as file:
-        picture = _open_picture(file, label, max_pixels=max_pixels, formats=formats)
-        return _to_rgb(picture, label, exif=exif, alpha=alpha)
+        yield Picture(_open_picture(file, label, max_pixels, formats), file, label, exif=exif, alpha=alpha)
 
 
 def read_frames(  # noqa: PLR0913
@@ -169,7 +210,7 @@ def read_frames(  # noqa: PLR0913
         if _is_video(_read_head(file, label)):
             return _read_video(file, label, num_frames=num_frames, max_pixels=max_pixels)
         frames = []
-        picture = _open_picture(file, label, max_pixels=max_pixels, formats=formats)
+        picture = _open_picture(file, label, max_pixels, formats)
         chosen_frames = _spread(_count_frames(picture, label), num_frames)
         total = len(chosen_frames) * picture.width * picture.height
         if total > _FRAMES_AT_ONCE * max_pixels:
@@ -375,7 +416,7 @@ def _is_unsigned(picture: TiffImagePlugin.TiffImageFile) -> bool:
     return picture.mode == "I" and bits[0] == 32 and sample_format[0] == 1
 
 
-def _open_picture(file: BinaryIO, label: str, *, max_pixels: int, formats: tuple[str, ...]) -> ImageFile:
+def _open_picture(file: BinaryIO, label: str, max_pixels: int, formats: tuple[str, ...]) -> ImageFile:
     head = _read_head(file, label)
     if not head:
         raise InputError(f"{label}: the file is empty, expected a picture")

@@ -6,6 +6,7 @@ Letters: `P` images, `N` positions of an image, `C` channels of vision, `D` widt
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from fastvlm.checkpoint.load import load as load_checkpoint
 from fastvlm.checkpoint.zoo import resolve
-from fastvlm.config import Config
+from fastvlm.config import Config, Fit
 from fastvlm.device import Placement, describe, place, synchronize
 from fastvlm.errors import InputError
 from fastvlm.generate import (
+    Completion,
     FinishReason,
     continue_rows,
     embed_rows,
@@ -27,17 +29,19 @@ from fastvlm.generate import (
     prefill_in_chunks,
     search,
 )
-from fastvlm.image import read, to_pixels
+from fastvlm.image import Picture, opened, to_pixels
 from fastvlm.model import fold
 from fastvlm.model.cache import KVCache
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.options import GenerationOptions, ImageOptions
 from fastvlm.prompt import Message, Tokenizer, system, tokenize, tokenize_follow_up, user
+from fastvlm.reuse import Position, Prefix, Reuse, identify, picture_key
 
 ImageSource = str | Path | bytes | BinaryIO | Image.Image
 """A path, the bytes of a file, an open file, or a picture that is already read."""
 
 _ROOM = 1024  # positions that a chat's cache grows by
+_ENCODED_AT_ONCE = 4  # pictures, so that a long film does not fill the memory with activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,10 @@ class Answer:
     model: str
     device: str
     dtype: str
+    num_drafted: int = 0
+    """Tokens that were guessed; 0 without `prompt_lookup`."""
+    num_accepted: int = 0
+    """Guesses that were right: so many tokens needed no step of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +89,18 @@ class ImageFeatures:
     """After the projector, what the language model reads, `(N, D)`; not comparable with text embeddings."""
     clip_embedding: Tensor | None
     """Pooled CLIP embedding, `(clip_dim,)`, where the checkpoint kept its head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """A picture of a prompt: either its image embeddings are known, or its pixels are there to make them."""
+
+    key: bytes
+    """Which picture it is, read in which way by which weights."""
+    image_embeds: Tensor | None
+    """`(N, D)`."""
+    pixels: Tensor | None
+    """`(1, 3, H, W)`."""
 
 
 class AnswerStream(Iterator[str]):
@@ -137,6 +157,11 @@ class Predictor:
             self.model.projector.float()
         self.model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.tokenizer, self.placement, self.name, self.load_ms = tokenizer, placement, name, load_ms
+
+    @cached_property
+    def reuse(self) -> Reuse:
+        """What is kept from question to question; assign another `Reuse` to keep more, less or nothing."""
+        return Reuse()
 
     @property
     def config(self) -> Config:
@@ -205,8 +230,50 @@ class Predictor:
 
     def pixels(self, image: ImageSource, options: ImageOptions) -> Tensor:
         """Read a picture and make it the square that the encoder sees, `(1, 3, H, W)` in [0, 1]."""
-        picture = read(image, max_pixels=options.max_pixels, exif=options.exif, alpha=options.alpha)
-        return to_pixels(picture, size=self.side(options), fit=options.fit or self.config.vision.fit)
+        with opened(image, max_pixels=options.max_pixels, exif=options.exif, alpha=options.alpha) as picture:
+            return self._pixels(picture, options)
+
+    def _pixels(self, picture: Picture, options: ImageOptions) -> Tensor:
+        return to_pixels(picture.rgb, size=self.side(options), fit=self._fit(options))
+
+    def _fit(self, options: ImageOptions) -> Fit:
+        return options.fit or self.config.vision.fit
+
+    def look(self, images: Sequence[ImageSource], options: ImageOptions, scope: bytes) -> list["Seen"]:
+        """Find out which pictures they are, and decode those that are new; each of them once.
+
+        Args:
+            images: What a prompt shows.
+            options: How they are read.
+            scope: The fingerprint of the weights.
+
+        Raises:
+            InputError: A picture cannot be used.
+        """
+        facts = (scope, self.side(options), self._fit(options), options.exif, options.alpha)
+        seen: dict[bytes, Seen] = {}
+        keys = []
+        for image in images:
+            with opened(image, max_pixels=options.max_pixels, exif=options.exif, alpha=options.alpha) as picture:
+                key = picture_key(picture.digest(), *facts)
+                if key not in seen:
+                    known = self.reuse.features.get(key)
+                    pixels = None if known is not None else self._pixels(picture, options)
+                    seen[key] = Seen(key=key, image_embeds=known, pixels=pixels)
+            keys.append(key)
+        return [seen[key] for key in keys]
+
+    def encode_new(self, pictures: Sequence["Seen"]) -> list[Tensor]:
+        """Encode the pictures that are new, each once, and keep what was made; give all image embeddings, `(N, D)`."""
+        found = {picture.key: picture.image_embeds for picture in pictures}
+        new = {picture.key: picture.pixels for picture in pictures if picture.pixels is not None}
+        for start in range(0, len(new), _ENCODED_AT_ONCE):
+            keys = list(new)[start : start + _ENCODED_AT_ONCE]
+            batch = torch.cat([new[key] for key in keys])
+            for key, image_embeds in zip(keys, self.model.encode(self.to_device(batch)), strict=True):
+                self.reuse.features.put(key, image_embeds)
+                found[key] = image_embeds
+        return [image_embeds for picture in pictures if (image_embeds := found[picture.key]) is not None]
 
     def side(self, options: ImageOptions) -> int:
         """The side in pixels of the square that the encoder sees.
@@ -241,7 +308,8 @@ class Chat:
         self._cache: KVCache | None = None
         self._answer_ids: list[int] = []  # of the last turn; its last ones may not be in the cache
         self._prompt_end = 0  # where the last answer begins in the cache
-        self._token_ids: list[int] = []
+        self._positions: list[Position] = []  # what the cache holds before the last answer
+        self._scope = b""  # the weights that it was made with
         self._has_searched = False
 
     def ask(self, prompt: str, images: Sequence[ImageSource] = ()) -> Answer:
@@ -262,16 +330,24 @@ class Chat:
         predictor = self.predictor
         model, tokenizer, device = predictor.model, predictor.tokenizer, predictor.placement.device
         clock = _Clock(device)
-        counts = [(predictor.side(self.image_options) // predictor.config.vision.stride) ** 2] * len(images)
+        scope = predictor.reuse.fingerprint(model)
+        num_each = (predictor.side(self.image_options) // predictor.config.vision.stride) ** 2
+        counts = [num_each] * len(images)
         prompt_ids = self._read(user(prompt, len(images)), counts)
-        num_read = len(prompt_ids) + (self._cache.lengths[0] if self._cache else 0)
+        before = self._cached_positions()
+        num_read = len(before) + len(prompt_ids)
         num_new = limit(self.options, num_read, predictor.config.language.max_positions)
-        pixels = [predictor.pixels(image, self.image_options) for image in images]
+        pictures = predictor.look(images, self.image_options, scope)
+        positions = identify(prompt_ids, tokenizer.image_id, counts, [picture.key for picture in pictures])
         preprocess_ms = clock.lap()
-        embeds = [model.encode(predictor.to_device(batch)) for batch in _batches(pixels)]  # each (P, N, D)
-        image_embeds = torch.cat([x.flatten(0, 1) for x in embeds]) if embeds else None
+        is_new, known = self._cache is None, Prefix()
+        if is_new and self.options.num_beams == 1:
+            known = predictor.reuse.prefixes.find(scope, positions[:-1])  # the last one must be read, for its logits
+        num_known = prompt_ids[: known.length].count(tokenizer.image_id)  # image embeddings
+        image_embeds = predictor.encode_new(pictures[num_known // num_each :])
+        vectors = torch.cat(image_embeds)[num_known % num_each :] if image_embeds else None
         encode_ms = clock.lap()
-        merged = embed_rows(model, tokenizer, [prompt_ids], image_embeds)
+        merged = embed_rows(model, tokenizer, [prompt_ids[known.length :]], vectors)
         options = replace(self.options, max_new_tokens=num_new)
         if options.num_beams > 1:
             if self._has_searched:
@@ -280,28 +356,43 @@ class Chat:
             self._has_searched = True
             timings = self._timings(clock, preprocess_ms, encode_ms, 0.0, clock.total())
             yield found.text
-            yield self._answer(found.text, found.token_ids, found.finish_reason, num_read, sum(counts), timings)
+            yield self._answer(found, num_read, sum(counts), timings)
             return
-        logits = self._prefill(merged, num_read + num_new)
+        logits = self._prefill(known, merged, num_read + num_new)
         assert self._cache is not None
-        self._token_ids = [*self._token_ids, *self._answer_ids, *prompt_ids]
-        self._answer_ids, self._prompt_end = [], num_read
+        self._scope = scope if is_new or scope == self._scope else b""
+        self._positions, self._answer_ids, self._prompt_end = [*before, *positions], [], num_read
+        read_ids = [tokenizer.image_id if isinstance(held, bytes) else held for held in self._positions]
         prefill_ms, ttft_ms = 0.0, 0.0
+        num_drafted, num_accepted = 0, 0
         texts: list[str] = []
         reason: FinishReason = "length"
-        for (chunk,) in continue_rows(model, tokenizer, logits, self._cache, [self._token_ids], [options]):
-            assert chunk is not None
-            if not prefill_ms:
-                prefill_ms = clock.lap()
-                ttft_ms = clock.total()
-            texts.append(chunk.text)
-            if chunk.token_id is not None:
-                self._answer_ids.append(chunk.token_id)
-            reason = chunk.finish_reason or reason
-            if chunk.text:
-                yield chunk.text
-        timings = self._timings(clock, preprocess_ms, encode_ms, prefill_ms, ttft_ms)
-        yield self._answer("".join(texts), list(self._answer_ids), reason, num_read, sum(counts), timings)
+        try:
+            for (chunk,) in continue_rows(model, tokenizer, logits, self._cache, [read_ids], [options]):
+                assert chunk is not None
+                if not prefill_ms:
+                    prefill_ms = clock.lap()
+                    ttft_ms = clock.total()
+                texts.append(chunk.text)
+                num_drafted, num_accepted = num_drafted + chunk.num_drafted, num_accepted + chunk.is_drafted
+                if chunk.token_id is not None:
+                    self._answer_ids.append(chunk.token_id)
+                reason = chunk.finish_reason or reason
+                if chunk.text:
+                    yield chunk.text
+            timings = self._timings(clock, preprocess_ms, encode_ms, prefill_ms, ttft_ms)
+        finally:
+            if self._scope:
+                predictor.reuse.prefixes.keep(self._scope, self._cached_positions(), self._cache)
+        said = Completion(text="".join(texts), token_ids=list(self._answer_ids), finish_reason=reason)
+        answer = self._answer(said, num_read, sum(counts), timings)
+        yield replace(answer, num_drafted=num_drafted, num_accepted=num_accepted)
+
+    def _cached_positions(self) -> list[Position]:
+        """What the cache holds, wherever the reader of the last answer stopped."""
+        if self._cache is None:
+            return []
+        return [*self._positions, *self._answer_ids[: self._cache.lengths[0] - self._prompt_end]]
 
     def _read(self, message: Message, counts: Sequence[int]) -> list[int]:
         """The ids that this turn adds to what the cache holds."""
@@ -312,12 +403,16 @@ class Chat:
         unread = self._answer_ids[self._cache.lengths[0] - self._prompt_end :]
         return [*unread, tokenizer.im_end_id, *tokenize_follow_up(message, tokenizer, counts).token_ids]
 
-    def _prefill(self, embeds: Tensor, capacity: int) -> Tensor:
-        """Read the turn `(1, T, D)`; return the next token's logits. Interrupted, it leaves the cache as it was."""
+    def _prefill(self, known: Prefix, embeds: Tensor, capacity: int) -> Tensor:
+        """Read the turn `(1, T, D)` behind what is known of it; return the next token's logits.
+
+        Interrupted, it leaves the cache as it was.
+        """
         length = self._cache.lengths[0] if self._cache else 0
         self._grow(capacity)
         assert self._cache is not None
         try:
+            known.write(self._cache)
             return prefill_in_chunks(self.predictor.model, embeds, self._cache)
         except BaseException:
             self._cache.truncate(length)
@@ -351,34 +446,20 @@ class Chat:
             total=clock.total(),
         )
 
-    def _answer(  # noqa: PLR0913  (the fields that only this turn knows)
-        self,
-        text: str,
-        token_ids: list[int],
-        reason: FinishReason,
-        num_read: int,
-        num_image_tokens: int,
-        timings: Timings,
-    ) -> Answer:
+    def _answer(self, said: Completion, num_read: int, num_image_tokens: int, timings: Timings) -> Answer:
         placement = self.predictor.placement
         return Answer(
-            text=text,
-            token_ids=token_ids,
-            finish_reason=reason,
+            text=said.text,
+            token_ids=said.token_ids,
+            finish_reason=said.finish_reason,
             prompt_tokens=num_read,
             image_tokens=num_image_tokens,
-            completion_tokens=len(token_ids),
+            completion_tokens=len(said.token_ids),
             timings_ms=timings,
             model=self.predictor.name,
             device=str(placement.device),
             dtype=placement.dtype_name,
         )
-
-
-def _batches(pixels: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Pictures a few at a time, so that a long film does not fill the memory with activations."""
-    for start in range(0, len(pixels), 4):
-        yield torch.cat(list(pixels[start : start + 4]))
 
 
 def load(

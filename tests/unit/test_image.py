@@ -1,6 +1,7 @@
 """Odd, hostile and damaged pictures: a right answer or one clear line."""
 
 import contextlib
+import hashlib
 import io
 import os
 import random
@@ -200,6 +201,33 @@ def test_every_format_is_read_from_path_bytes_and_stream(kind, tmp_path):
     assert len({result.tobytes() for result in results}) == 1
     if kind in {"PNG", "BMP", "TIFF"}:
         assert results[0].tobytes() == picture().tobytes()
+
+
+@pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.parametrize("frames", [1, 3])
+def test_a_picture_is_decoded_after_it_was_named_by_its_bytes(kind, frames):
+    others = {"save_all": True, "append_images": [picture().rotate(180)] * (frames - 1)} if frames > 1 else {}
+    if frames > 1 and kind in ("JPEG", "BMP"):
+        pytest.skip(f"{kind} holds one picture")
+    content = encode(picture(), kind, **others)
+
+    with image.opened(io.BytesIO(content)) as found:
+        digest, pixels = found.digest(), np.asarray(found.rgb)
+
+    assert digest == hashlib.sha256(content).digest()
+    np.testing.assert_array_equal(pixels, np.asarray(image.read(content)))
+
+
+def test_the_name_of_an_open_picture_is_its_size_and_its_pixels():
+    def digest(source):
+        with image.opened(source) as found:
+            return found.digest()
+
+    grey = picture(mode="L")
+
+    assert digest(grey) == digest(grey.convert("RGB"))
+    assert digest(picture()) != digest(picture().transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    assert digest(Image.new("RGB", (6, 4))) != digest(Image.new("RGB", (4, 6)))
 
 
 def test_the_content_decides_not_the_name(tmp_path):

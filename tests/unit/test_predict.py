@@ -12,6 +12,7 @@ from fastvlm.errors import ContextError, InputError
 from fastvlm.generate import generate
 from fastvlm.options import GenerationOptions, ImageOptions
 from fastvlm.prompt import Detokenizer, assistant, tokenize, user
+from fastvlm.reuse import Reuse
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 PHOTO = GOLDENS / "images" / "photo.jpg"
@@ -104,6 +105,7 @@ def test_a_later_turn_answers_as_if_the_whole_conversation_was_read(predictor):
 
 
 def test_a_later_turn_encodes_no_picture_again(predictor):
+    predictor.reuse = Reuse()
     seen = []
     hook = predictor.model.vision.register_forward_hook(lambda *_: seen.append(1))
     chat = predictor.chat(options=SHORT)

@@ -16,6 +16,7 @@ from fastvlm.errors import InputError
 from fastvlm.image import read
 from fastvlm.options import ChatOptions
 from fastvlm.predict import Answer
+from fastvlm.reuse import Reuse
 
 
 def run(options: ChatOptions, output: Output) -> None:
@@ -41,6 +42,7 @@ def run(options: ChatOptions, output: Output) -> None:
             output.note(speed(answer))
 
     predictor = load_model(options.loading, is_quiet=options.quiet)
+    predictor.reuse = Reuse(options.reuse)
     conversation = Conversation(
         predictor,
         Surroundings(

@@ -40,7 +40,8 @@ def run(options: PredictOptions, output: Output) -> None:
         image_options=_image_options(options, predictor),
     )
     if options.json:
-        output.json(asdict(_with_fetching(stream.finish(), sources.fetch_ms)))
+        fields = asdict(_with_fetching(stream.finish(), sources.fetch_ms))
+        output.json({name: value for name, value in fields.items() if name not in ("num_drafted", "num_accepted")})
         return
     is_introduced = options.quiet or options.loading.model is not None
     for piece in stream:
@@ -69,6 +70,8 @@ def speed(answer: Answer) -> str:
     parts = [f"TTFT {timings.ttft:.0f} ms ({inside})"]
     if answer.completion_tokens > 1 and timings.decode > 0:
         parts.append(f"{1000 * (answer.completion_tokens - 1) / timings.decode:.1f} tokens/s")
+    if answer.num_drafted:
+        parts.append(f"{answer.num_accepted} of {answer.num_drafted} guesses right")
     parts.append(f"{answer.prompt_tokens} tokens read, {answer.completion_tokens} written")
     return f"fastvlm: {', '.join(parts)}; {answer.device}, {answer.dtype}"
 

@@ -62,7 +62,11 @@ def _rms_norm(x: Tensor, shape: list[int], weight: Tensor, eps: float) -> Tensor
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, enable_gqa: bool = False
+) -> Tensor:
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = query * query.shape[-1] ** -0.5 @ key.mT
     return (scores if attn_mask is None else scores + attn_mask).softmax(-1) @ value
 

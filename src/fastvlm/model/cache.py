@@ -1,6 +1,7 @@
 """Keys and values of what was read so far: allocated once, filled in place, one length a row.
 
-Letters: `B` rows, `T` tokens now, `S` positions already in the cache, `G` key/value heads, `E` width of a head.
+Letters: `B` rows, `T` tokens now, `S` positions already in the cache, `G` key/value heads, `E` width of a head,
+`L` layers.
 """
 
 from collections.abc import Sequence
@@ -78,6 +79,23 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forget what lies behind `length` in every row."""
         self.lengths = [min(length, kept) for kept in self.lengths]
+
+    def copy_out(self, row: int, start: int, stop: int) -> Tensor:
+        """Copy the keys and values of a row's positions, `(2, L, G, S, E)`."""
+        return torch.stack([self.keys[:, row, :, start:stop], self.values[:, row, :, start:stop]])
+
+    def copy_in(self, row: int, keys_values: Tensor) -> None:
+        """Count `(2, L, G, S, E)` that `copy_out` gave as read behind a row's length.
+
+        Raises:
+            ContextError: The row would hold more than the capacity.
+        """
+        start = self.lengths[row]
+        stop = start + keys_values.shape[-2]
+        if stop > self.capacity:
+            raise ContextError(f"the cache holds {self.capacity} positions, {stop} are needed")
+        self.keys[:, row, :, start:stop], self.values[:, row, :, start:stop] = keys_values
+        self.lengths[row] = stop
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Let each row continue from another: row `i` becomes a copy of `rows[i]` (beam search)."""

@@ -87,8 +87,9 @@ class Attention(nn.Module):
             query = query.view(num_rows, self.num_kv_heads, group, self.head_dim)
             x = F.scaled_dot_product_attention(query, key, value, attn_mask=is_seen)
         else:
-            key, value = (y.repeat_interleave(group, dim=1) for y in (key, value))
-            x = F.scaled_dot_product_attention(query, key, value, attn_mask=is_seen, is_causal=is_seen is None)
+            x = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=is_seen, is_causal=is_seen is None, enable_gqa=group > 1
+            )
             x = x.transpose(1, 2)  # (B, T, A, E)
         return self.o_proj(x.reshape(num_rows, num_tokens, -1))
 

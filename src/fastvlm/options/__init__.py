@@ -1,6 +1,13 @@
 """What one run does: a frozen dataclass a command; its fields are the command's flags, its docstrings their help."""
 
-from fastvlm.options.answer import ChatOptions, GenerationOptions, ImageOptions, LoadOptions, PredictOptions
+from fastvlm.options.answer import (
+    ChatOptions,
+    GenerationOptions,
+    ImageOptions,
+    LoadOptions,
+    PredictOptions,
+    ReuseOptions,
+)
 from fastvlm.options.checkpoint import (
     ConvertOptions,
     DoctorOptions,
@@ -59,5 +66,6 @@ __all__ = [
     "PretrainOptions",
     "PushOptions",
     "QuantizeOptions",
+    "ReuseOptions",
     "TrainOptions",
 ]

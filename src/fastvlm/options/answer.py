@@ -37,6 +37,9 @@ class GenerationOptions:
     """End the answer before any of these strings."""
     num_beams: int = 1
     """Search so many answers side by side and keep the likeliest."""
+    prompt_lookup: int = 0
+    """Guess up to so many tokens by what followed the last two before, and check them in one step: the greedy answer,
+    sooner where it copies; 0 guesses none."""
 
     def __post_init__(self) -> None:
         """Check each number's range.
@@ -54,11 +57,14 @@ class GenerationOptions:
             "presence_penalty": (-100, 100),
             "frequency_penalty": (-100, 100),
             "num_beams": (1, 64),
+            "prompt_lookup": (0, 256),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise InputError(f"{name} must be between {low} and {high}, got {value!r}")
+            kind = int if name in ("max_new_tokens", "top_k", "num_beams", "prompt_lookup") else int | float
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+                whole = "a whole number " if kind is int and isinstance(value, float) else ""
+                raise InputError(f"{name} must be {whole}between {low} and {high}, got {value!r}")
         if 0 < self.temperature < 1e-3:
             raise InputError(f"temperature must be 0 or at least 0.001, got {self.temperature!r}")
         if self.seed is not None and not SEEDS[0] <= self.seed <= SEEDS[1]:
@@ -68,6 +74,11 @@ class GenerationOptions:
         if self.num_beams > 1 and self.temperature > 0:
             raise InputError(
                 f"num_beams ({self.num_beams}) searches; it does not go with temperature ({self.temperature})"
+            )
+        if self.prompt_lookup and (self.num_beams > 1 or self.temperature > 0):
+            raise InputError(
+                f"prompt_lookup ({self.prompt_lookup}) needs temperature 0 and num_beams 1, "
+                f"got temperature {self.temperature} and num_beams {self.num_beams}"
             )
 
 
@@ -98,6 +109,27 @@ class ImageOptions:
             raise InputError(f"max_pixels must be 1 or more, got {self.max_pixels}")
         if self.fit not in (None, *FITS):
             raise InputError(f"fit must be one of {', '.join(FITS)}, got {self.fit!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReuseOptions:
+    """How much of what was computed is kept, so that it is not computed again."""
+
+    feature_cache: int = 256
+    """MiB of image embeddings that are kept, the last used ones (a picture of 1024 px takes 0.5 to 2); 0 keeps none."""
+    prefix_cache: int = 512
+    """MiB of keys and values that are kept, so that what begins as before is not read again; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        """Check each number's range.
+
+        Raises:
+            InputError: A value is out of its range.
+        """
+        for name in ("feature_cache", "prefix_cache"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 2**20:
+                raise InputError(f"{name} must be between 0 and {2**20} MiB, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,3 +207,4 @@ class ChatOptions:
     loading: LoadOptions = field(default_factory=LoadOptions)
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     pictures: ImageOptions = field(default_factory=ImageOptions)
+    reuse: ReuseOptions = field(default_factory=ReuseOptions)
