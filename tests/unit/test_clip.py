@@ -161,9 +161,9 @@ def tiny_encoder(tmp_path):
     return tmp_path / "tiny"
 
 
-def options(data, start, output, **changes):
+def options(pairs, start, output, **changes):
     values = {
-        "output": str(output), "data": (str(data),), "encoder": str(start), "image_size": 64, "clip_dim": 16,
+        "output": str(output), "data": (str(pairs),), "encoder": str(start), "image_size": 64, "clip_dim": 16,
         "text_dim": 64, "text_layers": 1, "steps": 60, "batch_size": 30, "lr": 3e-3, "warmup": 0.1, "min_crop": 1.0,
         "workers": 0, "device": "cpu", "dtype": "float32",
     }  # fmt: skip

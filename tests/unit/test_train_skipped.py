@@ -151,12 +151,14 @@ def bad(index, offset=0):
     return BadSample(index=index, offset=offset, reason=f"sample {index} is bad")
 
 
-def test_C6_reasons_of_any_letters_are_written_down(tmp_path):
+def test_C6_reasons_of_any_letters_are_written_down_and_logged_so_that_any_log_can_hold_them(tmp_path, caplog):
     ledger = Ledger(10, max_fraction=1, file=tmp_path / "bad.jsonl")
 
-    ledger.take(1, [BadSample(index=0, offset=0, reason="no picture \ud800 Straße")])
+    with caplog.at_level(logging.WARNING):
+        ledger.take(1, [BadSample(index=0, offset=0, reason="no picture \ud800 Straße")])
 
     assert json.loads((tmp_path / "bad.jsonl").read_text())["reason"] == "no picture \ud800 Straße"
+    assert caplog.messages[0].encode().startswith("no picture \\ud800 Straße; skipped".encode())
 
 
 def test_C6_a_bad_sample_counts_once_however_often_it_is_drawn():

@@ -93,7 +93,7 @@ class Ledger:
         if source not in self._warned:
             self._warned.add(source)
             more = f"; others will be in {self._file}" if self._file is not None else ""
-            logger.warning("%s; skipped%s", sample.reason, more)
+            logger.warning("%s; skipped%s", _encodable(sample.reason), more)
         if self._file is not None:
             row = {"position": position, "index": sample.index, "reason": sample.reason}
             with self._file.open("a", encoding="utf-8") as file:
@@ -118,6 +118,11 @@ class Ledger:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)
+
+
+def _encodable(text: str) -> str:
+    """Write half characters, as the names of files may have, as escapes: not every log can hold them."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def is_too_many(num_bad: int, num_seen: int, size: int, max_fraction: float) -> bool:
