@@ -84,10 +84,15 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
 
 @contextmanager
 def _unmoved(block: nn.Module) -> Iterator[None]:
-    """The second pass sees the same batch, which BatchNorm's statistics must not count twice."""
+    """The second pass sees the same batch, which BatchNorm's statistics must not count twice.
+
+    PyTorch ends that pass by an exception, as soon as it has what it needs.
+    """
     buffers = statistics(block)
     before = [buffer.clone() for buffer in buffers]
-    yield
-    with torch.no_grad():
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
