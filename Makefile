@@ -34,11 +34,12 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@$(BIN)/python examples/predict.py
 
+# A worker process for each core, so each computes with one thread.
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m '$(QUICK)'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m '$(QUICK)'
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 check: $(READY)
 	$(BIN)/ruff format --check .

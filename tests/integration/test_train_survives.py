@@ -180,6 +180,7 @@ def test_c3_a_resumed_run_is_the_same_bit_for_bit(rows, tmp_path, changes):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more processes than this machine has cores
 @pytest.mark.parametrize("workers", [1, 4])
 def test_c3_worker_processes_change_nothing(rows, tmp_path, workers):
     whole = run(options(rows, tmp_path / "whole", steps=6))

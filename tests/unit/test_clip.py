@@ -130,14 +130,13 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
 
 def draw(rng):
     shape, colour = rng.choice(["disc", "bar"]), rng.choice(list(COLOURS))
-    side = rng.choice(["left", "right"])
     picture = Image.new("RGB", (64, 64), tuple(rng.randint(90, 150) for _ in range(3)))
-    x, y = (18 if side == "left" else 46) + rng.randint(-3, 3), rng.randint(20, 44)
+    x, y = rng.randint(24, 40), rng.randint(24, 40)
     if shape == "disc":
-        ImageDraw.Draw(picture).ellipse((x - 13, y - 13, x + 13, y + 13), fill=COLOURS[colour])
+        ImageDraw.Draw(picture).ellipse((x - 20, y - 20, x + 20, y + 20), fill=COLOURS[colour])
     else:
-        ImageDraw.Draw(picture).rectangle((x - 4, y - 16, x + 4, y + 16), fill=COLOURS[colour])
-    return picture, f"a {colour} {shape} on the {side}"
+        ImageDraw.Draw(picture).rectangle((x - 5, y - 24, x + 5, y + 24), fill=COLOURS[colour])
+    return picture, f"a {colour} {shape}"
 
 
 @pytest.fixture
@@ -164,7 +163,7 @@ def tiny_encoder(tmp_path):
 def options(pairs, start, output, **changes):
     values = {
         "output": str(output), "data": (str(pairs),), "encoder": str(start), "image_size": 64, "clip_dim": 16,
-        "text_dim": 64, "text_layers": 1, "steps": 60, "batch_size": 30, "lr": 3e-3, "warmup": 0.1, "min_crop": 1.0,
+        "text_dim": 64, "text_layers": 1, "steps": 100, "batch_size": 16, "lr": 5e-3, "warmup": 0.1, "min_crop": 1.0,
         "workers": 0, "device": "cpu", "dtype": "float32",
     }  # fmt: skip
     return PretrainOptions(**values | changes)
@@ -180,8 +179,8 @@ def test_an_encoder_learns_drawn_pictures_and_is_one_that_training_starts_from(p
         json.loads((place / "metrics.jsonl").read_text().splitlines()[-1])["recall"]["caption_of_picture"]
         for place in (tmp_path / "before", folder)
     ]
-    assert recalls[0] < 0.3  # 16 captions, of which chance finds one in 16
-    assert recalls[1] > 0.7
+    assert recalls[0] < 0.3  # 8 captions, of which chance finds one in 8
+    assert recalls[1] > 0.75
     assert rows[-2]["loss"] < rows[0]["loss"]
     encoder = load_encoder(folder, image_size=64)
     assert encoder.config.clip_dim == 16
@@ -207,7 +206,7 @@ def test_a_run_that_is_resumed_goes_on_as_if_it_had_not_ended(pairs, tiny_encode
 
     for name in ("model.safetensors", "text.safetensors"):
         assert (tmp_path / "halved" / name).read_bytes() == (whole / name).read_bytes()
-    with pytest.raises(InputError, match=r"was begun with lr 0\.003, not 0\.1"):
+    with pytest.raises(InputError, match=r"was begun with lr 0\.005, not 0\.1"):
         run(dataclasses.replace(halved, resume=True, lr=0.1))
     with pytest.raises(InputError, match="give another --output, or --resume"):
         run(halved)
@@ -242,10 +241,12 @@ def test_a_run_that_cannot_be_is_refused_in_one_line(pairs, tiny_encoder, tmp_pa
 
 
 def test_a_broken_picture_is_named(pairs, tiny_encoder, tmp_path):
+    for path in sorted(pairs.iterdir())[2 * 24 :]:
+        path.unlink()
     (pairs / "017.png").write_bytes(b"nothing")
 
     with pytest.raises(InputError, match=r"017\.png"):
-        run(options(pairs, tiny_encoder, tmp_path / "out", heldout=0, steps=20))
+        run(options(pairs, tiny_encoder, tmp_path / "out", heldout=0, steps=2))
 
 
 def test_an_encoder_that_is_not_there_is_named(pairs, tmp_path):
