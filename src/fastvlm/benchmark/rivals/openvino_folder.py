@@ -31,7 +31,7 @@ def main() -> None:
         "PERFORMANCE_HINT": "LATENCY",
         "CPU_DENORMALS_OPTIMIZATION": True,
     }
-    image_id = json.loads((options.folder / "config.json").read_text(encoding="utf-8"))["image_token_id"]
+    image_id = json.loads((options.folder / "config.json").read_text(encoding="utf-8"))["image_token_index"]
     loading = Laps(lambda: None)
     core = ov.Core()
     encoder, embedding, decoder = (
