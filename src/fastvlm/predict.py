@@ -30,7 +30,7 @@ from fastvlm.generate import (
     search,
 )
 from fastvlm.image import Picture, opened, to_pixels
-from fastvlm.model import fold
+from fastvlm.model import fold, quantized_cpu
 from fastvlm.model.cache import KVCache
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.options import GenerationOptions, ImageOptions
@@ -156,6 +156,8 @@ class Predictor:
             self.model.vision.float()
             self.model.projector.float()
         self.model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if placement.device.type == "cpu":
+            quantized_cpu.prepare(self.model)
         self.tokenizer, self.placement, self.name, self.load_ms = tokenizer, placement, name, load_ms
 
     @cached_property

@@ -15,6 +15,7 @@ from fastvlm.checkpoint.reading import read_header
 from fastvlm.config import LanguageConfig
 from fastvlm.errors import CheckpointError, InputError
 from fastvlm.generate import make_cache
+from fastvlm.model import quantized_cpu
 from fastvlm.model.cache import KVCache
 from fastvlm.model.language import Qwen2
 from fastvlm.model.quantize import (
@@ -49,9 +50,9 @@ def floats():
     return Qwen2(CONFIG).eval()
 
 
-@pytest.fixture(params=[8, 4])
+@pytest.fixture(params=[(8, False), (8, True), (4, False), (4, True)], ids=str)
 def quantised(request, floats):
-    packing = Packing(8, ROW) if request.param == 8 else Packing(4, 32)
+    packing = Packing(8, ROW) if request.param[0] == 8 else Packing(4, 32)
     matrices = {
         name: layer.weight
         for name, layer in floats.named_modules()
@@ -60,6 +61,8 @@ def quantised(request, floats):
     replace_layers(floats, dict.fromkeys(matrices, packing))
     for name, matrix in matrices.items():
         put(floats.get_submodule(name), quantise(matrix.detach(), packing, torch.float32))
+    if request.param[1]:
+        quantized_cpu.prepare(floats)
     return floats
 
 
@@ -114,19 +117,43 @@ def test_errors_that_count_more_become_smaller():
     assert error(importance) < error(None)
 
 
+def inside(layer):
+    """A model that holds one layer: what `prepare` rearranges."""
+    return torch.nn.Sequential(layer)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
+@pytest.mark.parametrize("num_outputs", [64, 96, 130])
 @torch.inference_mode()
-def test_a_quantised_layer_computes_what_its_floats_compute(packing, dtype, num_tokens):
-    layer = layer_of(packing, dtype=dtype)
+def test_a_quantised_layer_computes_what_its_floats_compute(packing, dtype, num_tokens, num_outputs):
+    layer = layer_of(packing, num_outputs=num_outputs, dtype=dtype)
     x = torch.randn(2, num_tokens, 256).to(dtype)
-
     expected = F.linear(x.float(), layer.floats(torch.float32), layer.bias.float())
 
-    tolerance = 1e-5 if dtype == torch.float32 else 0.01
-    error = (layer(x).float() - expected).norm() / expected.norm()
-    assert error <= tolerance
+    plain = layer(x)
+    model = inside(layer)
+    quantized_cpu.prepare(model)
+
+    is_taken = packing == Packing(8, ROW) or quantized_cpu.kernel_block() is not None
+    assert isinstance(model[0], QuantizedLinear) != is_taken
+    for product in (plain, model(x)):
+        assert product.dtype == dtype
+        error = (product.float() - expected).norm() / expected.norm()
+        assert error <= (1e-5 if dtype == torch.float32 else 0.01)
+
+
+@torch.inference_mode()
+def test_what_no_kernel_takes_is_left_alone():
+    layer = layer_of(Packing(4, ROW), num_inputs=40)
+    x = torch.randn(1, 40)
+    expected = layer(x)
+    model = inside(layer)
+
+    quantized_cpu.prepare(model)
+
+    assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
@@ -135,9 +162,13 @@ def test_an_embedding_gives_the_rows_of_its_table_and_reads_as_a_head(packing):
     table = QuantizedEmbedding(70, 128, packing)
     put(table, quantise(torch.randn(70, 128), packing, torch.float32))
     ids, hidden = torch.tensor([[3, 69], [0, 3]]), torch.randn(2, 128)
+    floats = table.floats(torch.float32)
+    model = inside(table)
 
-    assert torch.equal(table(ids), table.floats(torch.float32)[ids])
-    assert_close(table.as_head(hidden), hidden @ table.floats(torch.float32).T, atol=1e-4, rtol=1e-4)
+    for _ in range(2):
+        assert_close(model[0](ids), floats[ids], atol=1e-6, rtol=1e-6)
+        assert_close(model[0].as_head(hidden), hidden @ floats.T, atol=1e-4, rtol=1e-4)
+        quantized_cpu.prepare(model)
 
 
 @torch.inference_mode()
