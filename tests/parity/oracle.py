@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 
 def load_strictly(folder: str) -> Any:
@@ -109,8 +110,21 @@ def encoder(architecture: str, form: str, weights: str, out: str) -> None:
     save_file({"pixels": pixels, "features": features.contiguous(), "embedding": embedding.contiguous()}, out)
 
 
+def drafts(texts: str, num_tokens: str, stop_id: str, out: str) -> None:
+    """Guess by prompt lookup what follows each of the texts, lists of token ids."""
+    generator = PromptLookupCandidateGenerator(
+        eos_token_id=torch.tensor([int(stop_id)]), num_output_tokens=int(num_tokens), max_length=10**6
+    )
+    found = []
+    for text in json.loads(Path(texts).read_text()):
+        candidates, _ = generator.get_candidates(torch.tensor([text]))
+        found.append(candidates[0, len(text) :].tolist())
+    Path(out).write_text(json.dumps(found))
+
+
 COMMANDS = {
     "answer": answer,
+    "drafts": drafts,
     "logits": logits,
     "language_logits": language_logits,
     "encoder": encoder,

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from fastvlm import checkpoint
 from fastvlm.checkpoint.adapter import write_adapter
 from fastvlm.config import LanguageConfig
+from fastvlm.generate import PromptLookup
 from fastvlm.model import fold
 from fastvlm.model.language import Qwen2
 from fastvlm.train.learning import choose_what_learns
@@ -52,6 +53,21 @@ def test_transformers_answers_the_six_cases_from_our_folder_as_apple_does(tmp_pa
     for name, case in cases.items():
         assert answers[name]["prompt"] == case["prompt"]
         assert answers[name]["token_ids"] == expected[f"case.{name}.greedy"].tolist(), name
+
+
+def test_transformers_guesses_the_same_by_prompt_lookup(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    texts = [
+        torch.randint(0, 6, (int(length),), generator=generator).tolist()
+        for length in torch.randint(2, 40, (400,), generator=generator)
+    ]
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+
+    ask_oracle("drafts", tmp_path / "texts.json", 5, 3, tmp_path / "drafts.json")
+
+    theirs = json.loads((tmp_path / "drafts.json").read_text())
+    assert [PromptLookup(text, {3}).draft(5) for text in texts] == theirs
+    assert len({len(draft) for draft in theirs}) == 6
 
 
 def test_transformers_computes_our_logits_from_a_training_form_of_another_geometry(tmp_path):
