@@ -82,7 +82,7 @@ def run(options: BenchLatencyOptions, *, command: Sequence[str], report: Callabl
         },
         "results": found,
     }
-    route = route_of(loading)
+    route = route_of(loading).replace("+", "-")
     stem = "-".join(["latency", label(loading.model), *([] if route == "default" else [route])])
     if path := keep(results, options.output, stem):
         report(f"written to {path}")

@@ -182,11 +182,11 @@ def _ours(route: str, options: BenchPeersOptions, folder: Path, placement: Place
     kind, _, other = route.partition(":")
     loading = LoadOptions(device=str(placement.device), dtype=options.dtype)
     known = {entry.name for entry in fields(loading)}
-    changes: dict[str, Any] = {"compile": True} if kind == "compile" else {"engine": kind}
-    if kind != "default":
-        if not changes.keys() <= known:
-            raise InputError(f"this version cannot load a model by the route {kind!r}; use default")
-        loading = replace(loading, **changes)
+    ways: dict[str, dict[str, Any]] = {"default": {}, "compile": {"compile": True}, "openvino": {"engine": "openvino"}}
+    changes = {name: value for way in kind.split("+") for name, value in ways[way].items()}
+    if not changes.keys() <= known:
+        raise InputError(f"this version cannot load a model by the route {kind!r}; use default")
+    loading = replace(loading, **changes)
     name = f"fastvlm {kind}" + (f" {Path(other).name}" if other else "")
     path = Path(other) if other else folder
     tolerance = "quantised" if other else placement.dtype_name

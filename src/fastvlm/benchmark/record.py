@@ -30,10 +30,10 @@ def facts(command: Sequence[str], device: torch.device) -> dict[str, Any]:
 
 
 def route_of(loading: object) -> str:
-    """Name how the model runs: default, compile, or another engine."""
-    if getattr(loading, "compile", False):
-        return "compile"
-    return str(getattr(loading, "engine", None) or "default").replace("torch", "default")
+    """Name how the model runs, as `bench peers` does: default, compile, openvino or compile+openvino."""
+    engine = getattr(loading, "engine", "torch")
+    ways = ["compile"] if getattr(loading, "compile", False) else []
+    return "+".join([*ways, *([] if engine == "torch" else [engine])]) or "default"
 
 
 def keep(results: Mapping[str, Any], output: str | None, stem: str) -> Path | None:

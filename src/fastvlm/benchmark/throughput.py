@@ -60,7 +60,7 @@ def run(options: BenchThroughputOptions, *, command: Sequence[str], report: Call
         },
         "results": {"encoder": pictures, "generate": tokens, "peak_mb": round(memory["peak_bytes"] / 1e6)},
     }
-    route = route_of(loading)
+    route = route_of(loading).replace("+", "-")
     stem = "-".join(["throughput", label(loading.model), *([] if route == "default" else [route])])
     if path := keep(results, options.output, stem):
         report(f"written to {path}")

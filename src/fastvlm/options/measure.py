@@ -213,8 +213,8 @@ class BenchPeersOptions:
     model: str = "0.5b"
     """A checkpoint; 0.5b, 1.5b and 7b are written with random weights, which take as long as real ones."""
     route: tuple[str, ...] = ("default",)
-    """How ours runs: default, compile or openvino; `ROUTE:FOLDER` takes another checkpoint of the same model, such as
-    one that `fastvlm quantize` wrote. Give it again for more."""
+    """How ours runs: default, compile, openvino or compile+openvino; `ROUTE:FOLDER` takes another checkpoint of the
+    same model, such as one that `fastvlm quantize` wrote. Give it again for more."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -325,8 +325,8 @@ class BenchPlotOptions:
     """The pictures to write, without `.png` and `.svg`."""
 
 
-ROUTES: Final = ("default", "compile", "openvino")
-"""How our own model runs: PyTorch as it is, compiled, or OpenVINO."""
+ROUTES: Final = ("default", "compile", "openvino", "compile+openvino")
+"""How our own model runs: as it is loaded, with `--compile`, with `--engine openvino`, with both."""
 
 
 def _check(options: object, **limits: int) -> None:
