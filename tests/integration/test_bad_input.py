@@ -200,7 +200,7 @@ def test_a_prompt_that_is_no_text(complaint, tiny):
         (["--frames", "0"], "frames must be between"),
         (["--stop", ""], "a stop string is empty"),
         (["--unknown-flag"], "unknown option"),
-        (["--model-base", "x"], "adapters are not read"),
+        (["--model-base", "x"], "is no adapter"),
     ],
 )
 def test_options_that_cannot_be(complaint, tiny, photo, args, words):

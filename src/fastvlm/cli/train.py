@@ -29,8 +29,6 @@ def run(options: TrainOptions, output: Output) -> None:
     """
     is_first = is_first_process()
     report = _reporter(options, output) if is_first else _silent
-    for line in resolved(options):
-        report(line)
     is_barred = is_first and output.shows_progress and not options.quiet
     with _ending(report) as asked, tqdm(total=1.0, bar_format=_BAR, leave=False, disable=not is_barred) as bar:
 
@@ -85,8 +83,6 @@ def _silent(_: str) -> None:
 def pretrain(options: PretrainOptions, output: Output) -> None:
     """Pretrain an encoder; progress goes to standard error, the folder to standard output."""
     report = _reporter(options, output)
-    for line in resolved(options):
-        report(line)
     output.line(os.fspath(run_pretraining(options, report=report)))
 
 
@@ -111,8 +107,14 @@ def _toml(value: Any) -> str:
 
 
 def _reporter(options: TrainOptions | PretrainOptions, output: Output) -> Callable[[str], None]:
+    # What was asked stands before the first thing said about the run; one that cannot begin says only why.
+    first = list(resolved(options))
+
     def report(line: str) -> None:
         if not options.quiet:
+            for asked in first:
+                output.note(asked)
+            first.clear()
             output.note(line)
 
     return report
