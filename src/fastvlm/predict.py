@@ -30,7 +30,7 @@ from fastvlm.generate import (
     search,
 )
 from fastvlm.image import Picture, opened, to_pixels
-from fastvlm.model import fold, quantized_cpu
+from fastvlm.model import fold, fused, quantized_cpu
 from fastvlm.model.cache import KVCache
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.options import GenerationOptions, ImageOptions
@@ -158,6 +158,8 @@ class Predictor:
         self.model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if placement.device.type == "cpu":
             quantized_cpu.prepare(self.model)
+        if fused.can_fuse(self.model.vision):
+            fused.fuse(self.model.vision)
         self.tokenizer, self.placement, self.name, self.load_ms = tokenizer, placement, name, load_ms
 
     @cached_property

@@ -1,0 +1,165 @@
+"""The folded encoder in the operators that oneDNN fuses on a CPU: convolution with GELU, convolution with a skip.
+
+Nothing else is computed: the activation is applied, and the skip added, while the sums are still in registers, in
+float32, instead of in a pass of its own over the map; and kernels are laid out once as oneDNN reads them, instead of at
+every call.
+
+Letters: `P` images, `h, w` feature grid, `N = h * w`, `C` channels.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastvlm.model.vision import (
+    Attention,
+    AttentionBlock,
+    ConvFFN,
+    FastViTHD,
+    LargeKernel,
+    MobileOne,
+    PositionalEncoding,
+    RepMixer,
+    RepMixerBlock,
+    Stage,
+)
+
+_DTYPES: Final = (torch.float32, torch.bfloat16)
+
+
+def can_fuse(vision: FastViTHD) -> bool:
+    """Whether this build of PyTorch, this processor and this encoder (folded, on the CPU) allow `fuse`."""
+    weight = next(vision.parameters())
+    return (
+        vision.is_folded
+        and weight.device.type == "cpu"
+        and weight.dtype in _DTYPES
+        and torch.backends.mkldnn.is_available()
+        and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+@torch.no_grad()
+def fuse(vision: FastViTHD) -> FastViTHD:
+    """Exchange the blocks of a folded encoder on the CPU for fused ones, in place; see `can_fuse`."""
+    for index, module in enumerate(vision.stem):
+        vision.stem[index] = _mobile_one(module)
+    for stage in vision.stages:
+        _fuse_stage(stage)
+    vision.final_conv = _mobile_one(vision.final_conv)
+    return vision
+
+
+class FusedConv(nn.Module):
+    """A convolution, perhaps with GELU or with a map added, in one operator; its kernel is laid out for oneDNN."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Module, *, has_gelu: bool = False) -> None:
+        super().__init__()
+        assert isinstance(conv, nn.Conv2d)
+        assert conv.bias is not None
+        self.stride, self.padding, self.groups = list(conv.stride), [int(x) for x in conv.padding], conv.groups
+        self.act = "gelu" if has_gelu else "none"
+        weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            weight, self.padding, self.stride, [1, 1], self.groups, [1, conv.in_channels, 64, 64]
+        )
+        self.register_buffer("weight", packed, persistent=False)
+        self.register_buffer("bias", conv.bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(P, C, h, w)` to `(P, C', h', w')`."""
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.bias, self.padding, self.stride, [1, 1], self.groups, self.act, [], "none"
+        )
+
+    def plus(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Do what `forward` does, and add `skip` `(P, C', h', w')`."""
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, skip, self.weight, self.bias, self.padding, self.stride, [1, 1], self.groups, "add", 1.0, None, [], None
+        )
+
+
+class FusedFFN(nn.Module):
+    """A ConvFFN and the skip around it."""
+
+    def __init__(self, ffn: ConvFFN) -> None:
+        super().__init__()
+        self.conv = FusedConv(ffn.conv)
+        self.fc1 = FusedConv(ffn.fc1, has_gelu=True)
+        self.fc2 = FusedConv(ffn.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(P, C, h, w)` to the same."""
+        return self.fc2.plus(self.fc1(self.conv(x)), x)
+
+
+class FusedLinear(nn.Module):
+    """A linear layer whose matrix is laid out for oneDNN."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear, num_rows: int) -> None:
+        super().__init__()
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), num_rows)
+        self.register_buffer("weight", packed, persistent=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., C)` to `(..., C')`."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class FusedAttentionBlock(nn.Module):
+    """A block of the attention stages."""
+
+    def __init__(self, block: AttentionBlock) -> None:
+        super().__init__()
+        self.norm, self.ffn = block.norm, FusedFFN(block.mlp)
+        attention: Attention = block.token_mixer
+        self.head_dim = attention.head_dim
+        self.qkv, self.proj = FusedLinear(attention.qkv, 256), FusedLinear(attention.proj, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(P, C, h, w)` to the same."""
+        num_images, dim, height, width = x.shape
+        rows = x.flatten(2).transpose(1, 2)  # (P, N, C), free of copies when x is channels_last
+        qkv = self.qkv(self.norm(rows)).view(num_images, -1, 3, dim // self.head_dim, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (P, heads, N, head_dim)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(rows.shape)
+        rows = rows + self.proj(mixed)  # (P, N, C)
+        return self.ffn(rows.view(num_images, height, width, dim).permute(0, 3, 1, 2))
+
+
+def _fuse_stage(stage: nn.Module) -> None:
+    assert isinstance(stage, Stage)
+    if not isinstance(stage.downsample, nn.Identity):
+        large, small = stage.downsample.get_submodule("proj")  # type: ignore[misc]
+        assert isinstance(large, LargeKernel)
+        stage.downsample = nn.Sequential(_fused(large.reparam_conv, has_gelu=True), _mobile_one(small))
+    if isinstance(stage.pos_emb, PositionalEncoding):
+        stage.pos_emb = _fused(stage.pos_emb.reparam_conv)
+    for index, block in enumerate(stage.blocks):
+        if isinstance(block, RepMixerBlock):
+            assert isinstance(block.token_mixer, RepMixer)
+            stage.blocks[index] = nn.Sequential(_fused(block.token_mixer.reparam_conv), FusedFFN(block.mlp))
+        else:
+            assert isinstance(block, AttentionBlock)
+            stage.blocks[index] = FusedAttentionBlock(block)
+
+
+def _fused(conv: nn.Conv2d | None, *, has_gelu: bool = False) -> FusedConv:
+    assert conv is not None, "fold.for_inference comes before"
+    return FusedConv(conv, has_gelu=has_gelu)
+
+
+def _mobile_one(block: nn.Module) -> nn.Module:
+    assert isinstance(block, MobileOne)
+    if block.se is None:
+        return _fused(block.reparam_conv, has_gelu=block.has_act)
+    return nn.Sequential(_fused(block.reparam_conv), block.se, nn.GELU() if block.has_act else nn.Identity())
