@@ -22,11 +22,11 @@ ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "fastvlm"
 LAYERS = [  # from the bottom up: a module may import its own unit and earlier rows, never a sibling or a later row
     {"errors"},
-    {"config", "options"},
+    {"config", "folders", "options"},
     {"device"},
-    {"model", "fetch", "image", "prompt", "synth", "metrics"},
+    {"model", "native", "fetch", "image", "prompt", "synth", "metrics"},
     {"checkpoint"},
-    {"generate", "reuse"},
+    {"accelerate", "generate", "reuse"},
     {"predict", "engine"},
     {"chat", "batch", "train", "evaluate", "benchmark", "export", "quantize", "serve"},
     {"cli"},

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastvlm.accelerate import accelerate
 from fastvlm.checkpoint.load import load as load_checkpoint
 from fastvlm.checkpoint.zoo import resolve
 from fastvlm.config import Config, Fit
@@ -30,10 +31,9 @@ from fastvlm.generate import (
     search,
 )
 from fastvlm.image import Picture, opened, to_pixels
-from fastvlm.model import fold, fused, quantized_cpu
 from fastvlm.model.cache import KVCache
 from fastvlm.model.fastvlm import FastVLM
-from fastvlm.options import GenerationOptions, ImageOptions
+from fastvlm.options import Engine, GenerationOptions, ImageOptions
 from fastvlm.prompt import Message, Tokenizer, system, tokenize, tokenize_follow_up, user
 from fastvlm.reuse import Position, Prefix, Reuse, identify, picture_key
 
@@ -146,20 +146,23 @@ class _Clock:
 class Predictor:
     """A loaded model, ready to be asked."""
 
-    def __init__(
-        self, model: FastVLM, tokenizer: Tokenizer, placement: Placement, *, name: str = "", load_ms: float = 0.0
+    def __init__(  # noqa: PLR0913  (a model, and how it is to run)
+        self,
+        model: FastVLM,
+        tokenizer: Tokenizer,
+        placement: Placement,
+        *,
+        name: str = "",
+        load_ms: float = 0.0,
+        is_compiled: bool = False,
+        engine: Engine = "torch",
     ) -> None:
-        """Take a model in its stored form; it is folded for inference and moved to its place."""
-        self.model = fold.for_inference(model)
-        self.model.to(placement.device, placement.dtype)
-        if placement.dtype == torch.float16:  # the encoder's activations exceed 65,504 at 1024 pixels
-            self.model.vision.float()
-            self.model.projector.float()
-        self.model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if placement.device.type == "cpu":
-            quantized_cpu.prepare(self.model)
-        if fused.can_fuse(self.model.vision):
-            fused.fuse(self.model.vision)
+        """Take a model in its stored form; it is folded for inference, moved to its place and made fast there.
+
+        Raises:
+            DeviceError: What `is_compiled` or `engine` ask for is not here.
+        """
+        self.model = accelerate(model, placement, is_compiled=is_compiled, engine=engine)
         self.tokenizer, self.placement, self.name, self.load_ms = tokenizer, placement, name, load_ms
 
     @cached_property
@@ -466,13 +469,15 @@ class Chat:
         )
 
 
-def load(
+def load(  # noqa: PLR0913  (what is loaded, and how it is to run)
     name_or_folder: str | Path = "nano",
     *,
     device: str = "auto",
     dtype: str = "auto",
     vision: str | Path | None = None,
     base: str | Path | None = None,
+    compile: bool = False,
+    engine: Engine = "torch",
 ) -> Predictor:
     """Load a model: `nano`, a short name of the zoo, or a folder in any layout that we read, or with an adapter.
 
@@ -482,14 +487,24 @@ def load(
         dtype: auto, float32, bfloat16 or float16.
         vision: A second folder with the vision encoder, for Apple's iOS bundles.
         base: The model that an adapter belongs to; by default the one that the adapter names.
+        compile: Write answers with kernels in C++ for this CPU, which are built on first use and kept.
+        engine: What runs the vision encoder, torch or openvino.
 
     Raises:
         CheckpointError: Nothing there that can be read, or weights missing, left over or misshapen.
-        DeviceError: The device or dtype is not here.
+        DeviceError: The device, the dtype, a compiler or the engine is not here.
     """
     start = time.perf_counter()
     placement = place(device, dtype)
     folder = resolve(str(name_or_folder))
     checkpoint = load_checkpoint(folder, vision=vision, base=base, dtype=placement.dtype)
-    load_ms = 1000 * (time.perf_counter() - start)
-    return Predictor(checkpoint.model, checkpoint.tokenizer, placement, name=str(name_or_folder), load_ms=load_ms)
+    predictor = Predictor(
+        checkpoint.model,
+        checkpoint.tokenizer,
+        placement,
+        name=str(name_or_folder),
+        is_compiled=compile,
+        engine=engine,
+    )
+    predictor.load_ms = 1000 * (time.perf_counter() - start)
+    return predictor

@@ -12,7 +12,6 @@ digest of an archive is recorded when it is first seen, in `sha256.json`, and co
 """
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -22,6 +21,7 @@ from typing import Literal
 from fastvlm.checkpoint.hub import find_snapshot, is_repository, pull_repository
 from fastvlm.checkpoint.pull import Progress, pull_archive, recorded_sha256
 from fastvlm.errors import CheckpointError, InputError
+from fastvlm.folders import user_cache
 
 APPLE_URL = "https://ml-site.cdn-apple.com/datasets/fastvlm"
 NANO_FOLDER = Path(__file__).parents[1] / "assets" / "nano"
@@ -158,15 +158,9 @@ def models_folder() -> Path:
     if chosen := os.environ.get("FASTVLM_MODELS"):
         return Path(chosen).expanduser()
     try:
-        if sys.platform == "win32":
-            cache = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-        elif sys.platform == "darwin":
-            cache = Path.home() / "Library" / "Caches"
-        else:
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return user_cache() / "models"
     except RuntimeError as error:
         raise CheckpointError("models folder: this user has no home; set FASTVLM_MODELS to a folder") from error
-    return cache / "fastvlm" / "models"
 
 
 def resolve(name: str, *, folder: Path | None = None) -> Path:

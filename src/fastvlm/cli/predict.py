@@ -59,8 +59,15 @@ def load_model(options: LoadOptions, *, is_quiet: bool) -> Predictor:
     if is_quiet:
         logging.getLogger("fastvlm").setLevel(logging.ERROR)
     name = DEFAULT_MODEL if options.model is None else options.model
-    base = options.model_base
-    return load(name, device=options.device, dtype=options.dtype, vision=options.vision, base=base)
+    return load(
+        name,
+        device=options.device,
+        dtype=options.dtype,
+        vision=options.vision,
+        base=options.model_base,
+        compile=options.compile,
+        engine=options.engine,
+    )
 
 
 def speed(answer: Answer) -> str:

@@ -17,6 +17,7 @@ from fastvlm.model.vision import (
     Attention,
     AttentionBlock,
     ConvFFN,
+    Downsample,
     FastViTHD,
     LargeKernel,
     MobileOne,
@@ -36,7 +37,7 @@ def can_fuse(vision: FastViTHD) -> bool:
         vision.is_folded
         and weight.device.type == "cpu"
         and weight.dtype in _DTYPES
-        and torch.backends.mkldnn.is_available()
+        and torch._C._has_mkldnn
         and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
@@ -48,7 +49,7 @@ def fuse(vision: FastViTHD) -> FastViTHD:
         vision.stem[index] = _mobile_one(module)
     for stage in vision.stages:
         _fuse_stage(stage)
-    vision.final_conv = _mobile_one(vision.final_conv)
+    vision.add_module("final_conv", _mobile_one(vision.final_conv))
     return vision
 
 
@@ -139,7 +140,8 @@ class FusedAttentionBlock(nn.Module):
 def _fuse_stage(stage: nn.Module) -> None:
     assert isinstance(stage, Stage)
     if not isinstance(stage.downsample, nn.Identity):
-        large, small = stage.downsample.get_submodule("proj")  # type: ignore[misc]
+        assert isinstance(stage.downsample, Downsample)
+        large, small = stage.downsample.proj[0], stage.downsample.proj[1]
         assert isinstance(large, LargeKernel)
         stage.downsample = nn.Sequential(_fused(large.reparam_conv, has_gelu=True), _mobile_one(small))
     if isinstance(stage.pos_emb, PositionalEncoding):

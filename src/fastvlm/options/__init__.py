@@ -2,6 +2,7 @@
 
 from fastvlm.options.answer import (
     ChatOptions,
+    Engine,
     GenerationOptions,
     ImageOptions,
     LoadOptions,
@@ -51,6 +52,7 @@ __all__ = [
     "DataCheckOptions",
     "DataSynthOptions",
     "DoctorOptions",
+    "Engine",
     "EvalOptions",
     "ExportOptions",
     "GenerationOptions",

@@ -8,6 +8,8 @@ from tyro.conf import arg
 from fastvlm.config import FITS, Fit
 from fastvlm.errors import InputError
 
+Engine = Literal["torch", "openvino"]
+"""What runs the vision encoder."""
 SEEDS: Final = (-(2**63), 2**63 - 1)
 
 
@@ -146,6 +148,10 @@ class LoadOptions:
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Format of the weights; auto is bfloat16 where the hardware multiplies it, else float32."""
+    compile: bool = False
+    """Write answers with kernels in C++ for this processor; the first time they are built, in seconds, and kept."""
+    engine: Engine = "torch"
+    """What runs the vision encoder: PyTorch, or OpenVINO where it is installed (the extra openvino)."""
 
 
 @dataclass(frozen=True, kw_only=True)

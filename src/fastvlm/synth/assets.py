@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import os
-import sys
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastvlm.errors import InputError
+from fastvlm.folders import user_cache
 from fastvlm.synth.kinds import KINDS
 
 FORMAT = 1
@@ -60,13 +60,7 @@ def default_folder() -> Path:
     """Return the folder of the assets: `FASTVLM_ASSETS`, or a folder of this user's cache."""
     if chosen := os.environ.get("FASTVLM_ASSETS"):
         return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "fastvlm" / "assets"
+    return user_cache() / "assets"
 
 
 def read_lock() -> dict[str, Any]:

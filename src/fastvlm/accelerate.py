@@ -1,0 +1,42 @@
+"""Which operators a loaded model runs in: the default ones, compiled kernels, or another engine for a part of it."""
+
+import torch
+
+from fastvlm.device import Placement
+from fastvlm.errors import DeviceError
+from fastvlm.model import fold, fused, quantized_cpu
+from fastvlm.model.fastvlm import FastVLM
+from fastvlm.model.native import NativeQwen2, can_compile
+from fastvlm.model.openvino import OpenVinoVision
+from fastvlm.native.build import library
+from fastvlm.options import Engine
+
+
+def accelerate(model: FastVLM, placement: Placement, *, is_compiled: bool = False, engine: Engine = "torch") -> FastVLM:
+    """Fold a model, put it in its place, and exchange its parts for faster ones that compute the same, in place.
+
+    Args:
+        model: A model in its stored form.
+        placement: Where it runs and in which format.
+        is_compiled: Let kernels in C++ read few tokens at once.
+        engine: What runs the vision encoder.
+
+    Raises:
+        DeviceError: What was asked for is not here, or not for this device.
+    """
+    if is_compiled and placement.device.type != "cpu":
+        raise DeviceError(f"--compile is for the CPU, not for {placement.device}; leave it out")
+    fold.for_inference(model).to(placement.device, placement.dtype)
+    if placement.dtype == torch.float16:  # the encoder's activations exceed 65,504 at 1024 pixels
+        model.vision.float()
+        model.projector.float()
+    model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if engine == "openvino":
+        model.add_module("vision", OpenVinoVision(model.vision))
+    elif fused.can_fuse(model.vision):
+        fused.fuse(model.vision)
+    if is_compiled and can_compile(model.language):
+        model.add_module("language", NativeQwen2(model.language, library(), torch.get_num_threads()))
+    elif placement.device.type == "cpu":
+        quantized_cpu.prepare(model)
+    return model

@@ -1,0 +1,286 @@
+"""Qwen2 with compiled kernels for few tokens at once: what decoding, and verifying a few guesses, spends its time on.
+
+It wraps the language model and shares its weights: many tokens (prefill) go the model's own way, few go through one
+call of the library of `fastvlm.native` a step. What it computes is the same; sums are float32 throughout, where the
+model's own operators round to the weights' format in between.
+
+Letters: `B` rows, `T` tokens, `D` width, `V` vocabulary, `N` outputs and `K` inputs of a matrix, `g` groups of a row.
+"""
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastvlm.config import LanguageConfig
+from fastvlm.errors import ContextError
+from fastvlm.model.cache import KVCache
+from fastvlm.model.language import Layer, Qwen2, RMSNorm
+from fastvlm.model.quantize import QuantizedEmbedding, QuantizedLinear, quantized_layers
+
+MOST_TOKENS: Final = 8
+"""More tokens than this, rows counted, are faster as products of matrices."""
+_TILE_BYTES: Final = 2**20  # of floats at once: they stay in the cache until they are multiplied with
+_BITS: Final = {torch.float32: 32, torch.bfloat16: 16}
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("biases", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("scale_bits", ctypes.c_int32),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("input_norm", ctypes.c_void_p),
+        ("output_norm", ctypes.c_void_p),
+        *((name, _Matrix) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        ("layers", ctypes.c_void_p),
+        ("final_norm", ctypes.c_void_p),
+        ("frequencies", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_layers", "dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")),
+        ("epsilon", ctypes.c_float),
+        ("cache_bits", ctypes.c_int32),
+    ]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+        ("capacity", ctypes.c_int64),
+    ]
+
+
+def can_compile(language: Qwen2) -> bool:
+    """Whether the kernels read this model: on the CPU, in float32 or bfloat16, quantised or not."""
+    weight = language.norm.weight
+    return weight.device.type == "cpu" and weight.dtype in _BITS
+
+
+class NativeQwen2(nn.Module):
+    """A language model on the CPU, few tokens of which are read by compiled kernels."""
+
+    def __init__(self, language: Qwen2, library: ctypes.CDLL, num_threads: int) -> None:
+        """Wrap a model; `library` is what `fastvlm.native.build.library` returns."""
+        super().__init__()
+        self.language = language
+        self._kernels = _Kernels(language, library, num_threads)
+        for name, layer in quantized_layers(language).items():
+            if isinstance(layer, QuantizedLinear):
+                parent, _, own = name.rpartition(".")
+                setattr(language.get_submodule(parent), own, _TiledLinear(layer, self._kernels))
+
+    @property
+    def config(self) -> LanguageConfig:
+        """What the model is."""
+        return self.language.config
+
+    @property
+    def embed_tokens(self) -> nn.Module:
+        """The table of tokens."""
+        return self.language.embed_tokens
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The layers, which prefill runs through."""
+        return self.language.layers
+
+    @property
+    def norm(self) -> RMSNorm:
+        """The last norm."""
+        return self.language.norm
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """`(B, T)` ids to `(B, T, D)`."""
+        return self.language.embed(token_ids)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """`(..., D)` hidden states to `(..., V)` logits."""
+        if hidden.shape[:-1].numel() > MOST_TOKENS:
+            return self.language.head(hidden)
+        return self._kernels.multiply_head(hidden)
+
+    def forward(self, embeds: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
+        """Do what `Qwen2.forward` does."""
+        if cache is None or segments is not None or embeds.shape[:2].numel() > MOST_TOKENS:
+            return self.language(embeds, cache, segments)
+        return self._kernels.read(embeds, cache)
+
+
+class _TiledLinear(nn.Module):
+    """A quantised layer for many tokens: floats are made of a tile of its rows at a time, and multiplied with."""
+
+    def __init__(self, layer: QuantizedLinear, kernels: "_Kernels") -> None:
+        super().__init__()
+        self.bias, self._kernels, self._matrix = layer.bias, kernels, kernels.matrix(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., K)` to `(..., N)`."""
+        num_rows, num_columns = self._matrix.rows, self._matrix.columns
+        product = x.new_empty(*x.shape[:-1], num_rows)
+        step = max(1, _TILE_BYTES // (num_columns * x.element_size()))
+        tile = x.new_empty(min(step, num_rows), num_columns)
+        for begin in range(0, num_rows, step):
+            end = min(begin + step, num_rows)
+            floats = tile[: end - begin]
+            self._kernels.write_floats(self._matrix, begin, end, floats)
+            product[..., begin:end] = F.linear(x, floats)
+        return product if self.bias is None else product + self.bias
+
+
+class _Kernels:
+    """The library, its threads, and where it finds the weights; what it points to is kept alive here."""
+
+    def __init__(self, language: Qwen2, library: ctypes.CDLL, num_threads: int) -> None:
+        self._library, self._kept, self._lock = library, list[Tensor](), threading.Lock()
+        library.fastvlm_pool.restype = ctypes.c_void_p
+        self._pool = ctypes.c_void_p(library.fastvlm_pool(num_threads))
+        config = language.config
+        self._layers = (_Layer * config.num_layers)(*(self._layer(layer) for layer in language.layers))
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        self._model = _Model(
+            layers=ctypes.addressof(self._layers),
+            final_norm=self._floats(language.norm.weight),
+            frequencies=self._floats(config.rope_theta**-exponents),
+            num_layers=config.num_layers,
+            dim=config.dim,
+            mlp_dim=config.mlp_dim,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            epsilon=config.norm_eps,
+            cache_bits=_BITS[language.norm.weight.dtype],
+        )
+        head = language.embed_tokens if language.lm_head is None else language.lm_head
+        self._head, self._dtype = self.matrix(head), language.norm.weight.dtype
+
+    def __del__(self) -> None:
+        self._library.fastvlm_free(self._pool)
+
+    def __deepcopy__(self, memo: object) -> "_Kernels":
+        """Threads and pointers belong to one model."""
+        raise TypeError("a model with compiled kernels cannot be copied; load it again")
+
+    def read(self, embeds: Tensor, cache: KVCache) -> Tensor:
+        """Read `(B, T, D)` behind what the cache holds; return hidden states `(B, T, D)`, float32."""
+        num_rows, num_tokens, dim = embeds.shape
+        total = max(cache.lengths) + num_tokens
+        if total > cache.capacity:
+            raise ContextError(f"the cache holds {cache.capacity} positions, {total} are needed")
+        hidden = embeds.to(torch.float32, copy=True).contiguous()
+        tokens = [(row, cache.lengths[row] + i) for row in range(num_rows) for i in range(num_tokens)]
+        rows, positions = (self._integers([token[i] for token in tokens]) for i in (0, 1))
+        where = _Cache(cache.keys.data_ptr(), cache.values.data_ptr(), num_rows, cache.capacity)
+        assert cache.keys.dtype == self._dtype
+        assert cache.keys.is_contiguous()
+        assert cache.values.is_contiguous()
+        with self._lock:
+            self._library.fastvlm_read(
+                self._pool,
+                ctypes.byref(self._model),
+                ctypes.byref(where),
+                ctypes.c_void_p(hidden.data_ptr()),
+                rows,
+                positions,
+                ctypes.c_int64(len(tokens)),
+            )
+        return hidden.view(num_rows, num_tokens, dim)
+
+    def multiply_head(self, hidden: Tensor) -> Tensor:
+        """`(..., D)` hidden states to `(..., V)` logits, float32."""
+        rows = hidden.float().reshape(-1, hidden.shape[-1]).contiguous()
+        logits = torch.empty(len(rows), self._head.rows)
+        with self._lock:
+            self._library.fastvlm_multiply(
+                self._pool,
+                ctypes.byref(self._head),
+                ctypes.c_void_p(rows.data_ptr()),
+                ctypes.c_int64(len(rows)),
+                ctypes.c_void_p(logits.data_ptr()),
+            )
+        return logits.view(*hidden.shape[:-1], -1)
+
+    def write_floats(self, matrix: _Matrix, begin: int, end: int, out: Tensor) -> None:
+        """Write rows of a quantised matrix as floats to `out` `(end - begin, K)`."""
+        with self._lock:
+            self._library.fastvlm_floats(
+                self._pool,
+                ctypes.byref(matrix),
+                ctypes.c_int64(begin),
+                ctypes.c_int64(end),
+                ctypes.c_void_p(out.data_ptr()),
+                ctypes.c_int32(_BITS[out.dtype]),
+            )
+
+    @staticmethod
+    def _integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+        return (ctypes.c_int64 * len(values))(*values)
+
+    def _layer(self, layer: nn.Module) -> _Layer:
+        assert isinstance(layer, Layer)
+        attention, mlp = layer.self_attn, layer.mlp
+        return _Layer(
+            input_norm=self._floats(layer.input_layernorm.weight),
+            output_norm=self._floats(layer.post_attention_layernorm.weight),
+            query=self.matrix(attention.q_proj),
+            key=self.matrix(attention.k_proj),
+            value=self.matrix(attention.v_proj),
+            output=self.matrix(attention.o_proj),
+            gate=self.matrix(mlp.gate_proj),
+            up=self.matrix(mlp.up_proj),
+            down=self.matrix(mlp.down_proj),
+        )
+
+    def matrix(self, module: nn.Module) -> _Matrix:
+        """Describe the matrix of a layer, quantised or not, to the library."""
+        bias = getattr(module, "bias", None)
+        common = {"bias": None if bias is None else self._floats(bias)}
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            num_rows, num_columns = module.shape
+            return _Matrix(
+                weight=self._pointer(module.weight),
+                scales=self._pointer(module.scales),
+                biases=self._pointer(module.biases),
+                rows=num_rows,
+                columns=num_columns,
+                group=num_columns // module.scales.shape[1],
+                bits=module.bits,
+                scale_bits=_BITS[module.scales.dtype],
+                **common,
+            )
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return _Matrix(
+            weight=self._pointer(weight),
+            rows=weight.shape[0],
+            columns=weight.shape[1],
+            bits=_BITS[weight.dtype],
+            **common,
+        )
+
+    def _floats(self, values: Tensor) -> int:
+        return self._pointer(values.detach().float())
+
+    def _pointer(self, values: Tensor) -> int:
+        assert values.is_contiguous()
+        self._kept.append(values)
+        return values.data_ptr()

@@ -1,0 +1,95 @@
+"""From the C++ source in this package to a library that is loaded: built once for a processor and a compiler."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from fastvlm.device import cpu_flags
+from fastvlm.errors import DeviceError
+from fastvlm.folders import user_cache
+
+SOURCE: Final = Path(__file__).with_name("language.cpp")
+_COMPILERS: Final = ("c++", "g++", "clang++")
+_FLAGS: Final = (
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    # Sums may be made in any order; NaN and infinity stay what they are.
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fassociative-math",
+    "-fno-signed-zeros",
+    "-freciprocal-math",
+)
+
+
+def library(folder: Path | None = None) -> ctypes.CDLL:
+    """Load the kernels, building them where that was not done before.
+
+    Args:
+        folder: Where built libraries are kept, instead of the user's cache.
+
+    Raises:
+        DeviceError: No compiler is here, or it fails.
+    """
+    compiler = find_compiler()
+    flags = [*_FLAGS, *_for_this_processor()]
+    try:
+        folder = user_cache() / "native" if folder is None else folder
+    except RuntimeError as error:
+        raise DeviceError("compiled kernels: this user has no home to keep them in; leave --compile out") from error
+    path = folder / f"language-{_fingerprint(compiler, flags)}.so"
+    try:
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            _build(compiler, flags, path)
+        return ctypes.CDLL(os.fspath(path))
+    except OSError as error:
+        raise DeviceError(f"the compiled kernels {path} cannot be used: {error.strerror or error}") from error
+
+
+def find_compiler() -> str:
+    """Find the C++ compiler: CXX, or the first of the usual names.
+
+    Raises:
+        DeviceError: There is none.
+    """
+    names = (os.environ["CXX"],) if os.environ.get("CXX") else _COMPILERS
+    for name in names:
+        if (found := shutil.which(name)) is not None:
+            return found
+    raise DeviceError(f"no C++ compiler is here (looked for {', '.join(names)}); install one, or leave --compile out")
+
+
+def _for_this_processor() -> list[str]:
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return ["-mcpu=native"]
+    wide = ["-mprefer-vector-width=512"] if "avx512f" in cpu_flags() else []
+    return ["-march=native", *wide]
+
+
+def _fingerprint(compiler: str, flags: list[str]) -> str:
+    """What decides the library: source, compiler, flags, processor, and this package's idea of the system."""
+    told = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    facts = [told, *flags, platform.platform(), *sorted(cpu_flags())]
+    return hashlib.sha256("\n".join(facts).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+
+
+def _build(compiler: str, flags: list[str], path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        built = Path(scratch) / path.name
+        command = [compiler, *flags, os.fspath(SOURCE), "-o", os.fspath(built)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode or not built.is_file():
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            said = lines[0].strip() if lines else f"status {done.returncode}"
+            raise DeviceError(f"{compiler} cannot build the kernels: {said[:300]}; leave --compile out")
+        os.replace(built, path)

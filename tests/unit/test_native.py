@@ -1,0 +1,199 @@
+"""Compiled kernels read tokens as the model's own operators do; where they cannot be built, one line says so."""
+
+import copy
+import stat
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import fastvlm
+from fastvlm.config import LanguageConfig
+from fastvlm.errors import ContextError, DeviceError
+from fastvlm.model.cache import KVCache
+from fastvlm.model.language import Qwen2
+from fastvlm.model.native import MOST_TOKENS, NativeQwen2, can_compile
+from fastvlm.model.quantize import ROW, Packing, QuantizedEmbedding, QuantizedLinear, quantise, replace_layers
+from fastvlm.native import build
+from fastvlm.options import GenerationOptions
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the kernels are built by GCC or Clang")
+CONFIG = LanguageConfig(dim=64, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=96, vocab_size=101, tied=True)
+ODD = LanguageConfig(dim=44, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=50, vocab_size=37, tied=False)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    try:
+        return build.library(tmp_path_factory.mktemp("native"))
+    except DeviceError as error:
+        if "no C++ compiler" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def language_of(config, dtype=torch.float32):
+    torch.manual_seed(0)
+    language = Qwen2(config)
+    for parameter in language.parameters():
+        torch.nn.init.normal_(parameter, std=0.2 if parameter.dim() > 1 else 1.0)
+    return language.to(dtype).eval().requires_grad_(False)
+
+
+def cache_of(config, num_rows, capacity=32, dtype=torch.float32):
+    return KVCache(config, num_rows=num_rows, capacity=capacity, dtype=dtype)
+
+
+def read_in_steps(language, steps, cache):
+    """Hidden states of each step, `(embeds, lengths)`; rows of unequal length are padded."""
+    found = []
+    with torch.inference_mode():
+        for embeds, lengths in steps:
+            hidden = language(embeds, cache)
+            cache.advance(lengths)
+            found += [hidden[row, :length].float() for row, length in enumerate(lengths)]
+    return torch.cat(found)
+
+
+def steps_of(config, num_rows, dtype=torch.float32):
+    """A prompt of unequal rows, read as a matrix product, then few tokens at once, then one, as rows end."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [11 - 4 * row for row in range(num_rows)]
+    shapes = [(11, lengths), (3, [3] * num_rows), (1, [1] * num_rows), (2, [2] * num_rows)]
+    return [(torch.randn(num_rows, n, config.dim, generator=generator).to(dtype), lengths) for n, lengths in shapes]
+
+
+@pytest.mark.parametrize("config", [CONFIG, ODD], ids=["even", "odd"])
+@pytest.mark.parametrize("num_rows", [1, 2])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_hidden_states_and_cache_are_those_of_the_models_own_operators(kernels, config, num_rows, num_threads):
+    language = language_of(config)
+    native = NativeQwen2(language, kernels, num_threads)
+    cache, other = cache_of(config, num_rows), cache_of(config, num_rows)
+
+    expected = read_in_steps(language, steps_of(config, num_rows), cache)
+    got = read_in_steps(native, steps_of(config, num_rows), other)
+
+    assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert cache.lengths == other.lengths
+    for row, length in enumerate(cache.lengths):
+        assert_close(other.keys[:, row, :, :length], cache.keys[:, row, :, :length], rtol=1e-4, atol=1e-4)
+        assert_close(other.values[:, row, :, :length], cache.values[:, row, :, :length], rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_is_nearer_to_float32_than_the_models_own_operators_are(kernels):
+    exact, rounded = language_of(CONFIG), language_of(CONFIG, torch.bfloat16)
+    exact.load_state_dict(rounded.state_dict())
+    native = NativeQwen2(rounded, kernels, 2)
+    steps = steps_of(CONFIG, 1, torch.bfloat16)
+
+    expected = read_in_steps(exact, [(x.float(), n) for x, n in steps], cache_of(CONFIG, 1))
+    own = read_in_steps(rounded, steps, cache_of(CONFIG, 1, dtype=torch.bfloat16))
+    got = read_in_steps(native, steps, cache_of(CONFIG, 1, dtype=torch.bfloat16))
+
+    few = slice(11, None)  # what the kernels read
+    assert (got[few] - expected[few]).norm() < (own[few] - expected[few]).norm()
+    assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("packing", [Packing(8, ROW), Packing(8, 32), Packing(4, 32), Packing(4, 64)], ids=str)
+def test_quantised_matrices_are_read_packed(kernels, packing, scale_dtype):
+    config = LanguageConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=128, vocab_size=101, tied=True)
+    language = language_of(config)
+    names = [name for name, module in language.named_modules() if isinstance(module, torch.nn.Linear)]
+    matrices = {name: language.get_submodule(name).weight for name in [*names, "embed_tokens"]}
+    added = {name: language.get_submodule(name).bias for name in names}
+    replace_layers(language, dict.fromkeys(matrices, packing))
+    for name, matrix in matrices.items():
+        layer = language.get_submodule(name)
+        assert isinstance(layer, QuantizedLinear | QuantizedEmbedding)
+        layer.weight, layer.scales, layer.biases = quantise(matrix, packing, scale_dtype)
+        if added.get(name) is not None:
+            layer.bias.data.copy_(added[name])
+    expected = read_in_steps(language, steps_of(config, 1), cache_of(config, 1))
+    logits = language.head(expected[-1:])
+    native = NativeQwen2(language, kernels, 2)
+
+    got = read_in_steps(native, steps_of(config, 1), cache_of(config, 1))
+
+    # floats() rounds product and sum to the scales' format; the kernels round only the sum of a row
+    tolerance = 1e-4 if scale_dtype == torch.float32 else 3e-2
+    assert (got - expected).norm() < tolerance * expected.norm()
+    assert_close(native.head(expected[-1:]), logits, rtol=1e-4, atol=tolerance * 10)
+
+
+@pytest.mark.parametrize("config", [CONFIG, ODD], ids=["tied", "untied"])
+def test_logits_are_those_of_the_head(kernels, config):
+    language = language_of(config)
+    native = NativeQwen2(language, kernels, 2)
+    hidden = torch.randn(MOST_TOKENS + 1, config.dim)
+
+    assert_close(native.head(hidden[:-1]), language.head(hidden[:-1]), rtol=1e-4, atol=1e-4)
+    assert_close(native.head(hidden), language.head(hidden))  # more than the kernels take
+
+
+def test_nano_answers_alike(kernels, monkeypatch):
+    monkeypatch.setattr("fastvlm.accelerate.library", lambda: kernels)
+    options = GenerationOptions(max_new_tokens=12)
+    prompts = ["How many penguins are there?", "What is written here?"]
+    picture = "examples/images/counting.png"
+    plain, compiled = (fastvlm.load("nano", dtype="float32", compile=flag) for flag in (False, True))
+
+    for prompt in prompts:
+        expected, got = (model.ask(prompt, [picture], options=options) for model in (plain, compiled))
+        assert got.token_ids == expected.token_ids
+        assert got.text == expected.text
+
+
+def test_a_full_cache_is_refused_before_anything_is_written(kernels):
+    native = NativeQwen2(language_of(CONFIG), kernels, 1)
+    cache = cache_of(CONFIG, 1, capacity=2)
+
+    with pytest.raises(ContextError, match="holds 2 positions, 3 are needed"):
+        native(torch.zeros(1, 3, CONFIG.dim), cache)
+
+    assert not cache.keys.any()
+
+
+def test_a_model_with_kernels_is_not_copied(kernels):
+    with pytest.raises(TypeError, match="load it again"):
+        copy.deepcopy(NativeQwen2(language_of(CONFIG), kernels, 1))
+
+
+def test_only_formats_that_the_kernels_read_are_compiled():
+    assert can_compile(language_of(CONFIG))
+    assert not can_compile(language_of(CONFIG, torch.float16))
+    assert not can_compile(language_of(CONFIG).to("meta"))
+
+
+def test_they_are_built_once(kernels, tmp_path, monkeypatch):
+    build.library(tmp_path)
+    (built,) = tmp_path.iterdir()
+    before = built.stat().st_mtime_ns
+    monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
+
+    build.library(tmp_path)
+
+    assert [(path, path.stat().st_mtime_ns) for path in tmp_path.iterdir()] == [(built, before)]
+
+
+def test_without_a_compiler_one_line_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+
+    with pytest.raises(DeviceError, match=r"no C\+\+ compiler is here \(looked for no-such-compiler\)"):
+        build.library(tmp_path)
+
+
+def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path):
+    compiler = tmp_path / "bad++"
+    compiler.write_text("#!/bin/sh\necho 'language.cpp:1: error: no such thing' >&2\nexit 1\n")
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(compiler))
+    kept = tmp_path / "kept"
+
+    with pytest.raises(DeviceError, match=r"cannot build the kernels: language.cpp:1: error: no such thing"):
+        build.library(kept)
+
+    assert not list(kept.iterdir())
