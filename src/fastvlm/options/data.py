@@ -62,7 +62,7 @@ class DataCheckOptions:
     data: tuple[str, ...]
     """A file or folder of samples (docs/data.md), as NAME or NAME:WEIGHT; give it again for more."""
     image_folder: tuple[str, ...] = TrainOptions.image_folder
-    """Where the pictures that the files name are; one for all --data, or one for each."""
+    """Where the named pictures are; one folder for all --data, or one for each."""
     allow_absolute_paths: bool = False
     """Let rows name pictures by their whole path, anywhere on this machine."""
     caption_prompt: str = CAPTION_PROMPT
