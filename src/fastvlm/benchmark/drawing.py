@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 Anchor = Literal["start", "middle", "end"]
 Place = tuple[float, float]
 _PILLOW_ANCHORS: Final = {"start": "ls", "middle": "ms", "end": "rs"}
-_SCALE: Final = 3  # pixels of the PNG a unit, so that it is sharp on fine screens
+_FINE: Final = 2  # pixels of the PNG a unit, so that it is sharp on fine screens
+_SCALE: Final = 2 * _FINE  # at which it is drawn; halved, its slanted lines are smooth
 
 
 class Drawing:
@@ -52,6 +53,7 @@ class Drawing:
                 place = (shape["place"][0] * _SCALE, shape["place"][1] * _SCALE)
                 anchor = _PILLOW_ANCHORS[shape["anchor"]]
                 draw.text(place, shape["words"], fill=shape["colour"], font=font, anchor=anchor)
+        image = image.resize((self.width * _FINE, self.height * _FINE), Image.Resampling.BOX)
         image.save(path, format="PNG", optimize=True)
 
     def write_svg(self, path: Path) -> None:

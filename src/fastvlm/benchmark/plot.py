@@ -75,7 +75,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _panel(drawing: Drawing, sides: tuple[int, int], title: str, curves: Curves) -> None:
     left, right = sides
     times = [ms for points in curves.values() for ms, *_ in points]
-    low, high = math.log10(min(times)) - 0.12, math.log10(max(times)) + 0.12
+    low, high = math.log10(min(times)) - 0.12, math.log10(max(times)) + 0.2
 
     def place(ms: float, accuracy: float) -> Place:
         x = left + (math.log10(ms) - low) / (high - low) * (right - left)
@@ -93,21 +93,21 @@ def _panel(drawing: Drawing, sides: tuple[int, int], title: str, curves: Curves)
     frame: list[Place] = [(left, _TOP), (right, _TOP), (right, _BOTTOM), (left, _BOTTOM), (left, _TOP)]
     drawing.line(frame, "#999999")
     middle = (left + right) / 2
-    drawing.text((middle, _BOTTOM + 38), "time to first token, ms (logarithmic)", anchor="middle")
+    drawing.text(
+        (middle, _BOTTOM + 38),
+        "time to first token: encoder, and prefill of its tokens; ms, logarithmic",
+        anchor="middle",
+    )
     for (name, points), colour in zip(curves.items(), _COLOURS, strict=False):
         places = [place(ms, accuracy) for ms, accuracy, _ in points]
         if len(places) > 1:
             drawing.line(places, colour, 2.5 if name == FASTVITHD else 1.5)
         for (x, y), (_, _, size) in zip(places, points, strict=True):
             drawing.dot((x, y), 5 if name == FASTVITHD else 4, colour)
-            is_left = name == FASTVITHD
-            drawing.text(
-                (x - 8 if is_left else x + 8, y - 7),
-                str(size),
-                size=11,
-                colour=colour,
-                anchor="end" if is_left else "start",
-            )
+            if name == FASTVITHD:
+                drawing.text((x - 8, y - 7), str(size), size=11, colour=colour, anchor="end")
+            else:
+                drawing.text((x + 7, y + 13), str(size), size=11, colour=colour)
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -232,7 +232,7 @@ class BenchPeersOptions:
     onnx: str | None = None
     """A folder that `fastvlm export onnx` wrote of the same model, run by ONNX Runtime alone."""
     llava_rounds: int = 2
-    """How often LLaVA-OneVision-0.5B at 10 crops is measured, behind once that is not counted; 0 leaves it out."""
+    """How often LLaVA-OneVision-0.5B at 10 crops is measured, behind one crop that is not counted; 0 leaves it out."""
     threads: int | None = None
     """Of each program on the CPU; by default as PyTorch chooses."""
     output: str | None = None

@@ -88,7 +88,7 @@ def main() -> None:
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         ids = [torch.tensor(request[name], device=device) for name in ("before", "after")]
         laps = Laps(synchronize)
-        image_embeds = see(model, pixels.to(device, dtype))
+        image_embeds = see(model, pixels[: request["crops"]].to(device, dtype))
         vision = laps.lap() if request["laps"] else None
         first = int(read(model, ids[0], image_embeds, ids[1]).argmax())
         prefill = laps.lap()
