@@ -5,6 +5,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
+EXTRAS := .venv/.extras
 # make RIVAL_PYTHON=/path/to/python bench      also beside others: an interpreter with torch, transformers 5 and timm
 RIVAL_PYTHON ?=
 BENCH := $(BIN)/fastvlm bench
@@ -31,6 +32,12 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# What the extras need, so that their tests run, too.
+$(EXTRAS): $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
+		-e '.[dev,train,onnx,openvino,coreml,gguf]'
+	@touch $@
+
 demo: $(READY)
 	@$(BIN)/python examples/predict.py
 
@@ -38,7 +45,7 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m '$(QUICK)'
 
-test-all: $(READY)
+test-all: $(EXTRAS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 check: $(READY)

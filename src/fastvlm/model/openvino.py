@@ -4,6 +4,7 @@ Letters: `P` images, `H, W` pixels, `N` positions, `C` channels.
 """
 
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -57,7 +58,8 @@ class OpenVinoVision(nn.Module):
     def _for_shape(self, shape: Sequence[int]) -> Any:
         if (known := self._compiled.get(tuple(shape))) is not None:
             return known
-        with torch.inference_mode():
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # OpenVINO traces in a way that PyTorch no longer recommends
             converted = self._openvino.convert_model(self._source, example_input=torch.zeros(*shape), input=list(shape))
         settings = {
             "INFERENCE_PRECISION_HINT": _PRECISIONS[self.dtype],
