@@ -92,6 +92,24 @@ def test_bytes_of_mlx_words_become_the_floats_that_mlx_makes(bits, goldens):
     assert torch.equal(weight.float(), golden[f"q{bits}.dequantized"])
 
 
+def test_what_is_not_a_matrix_of_the_language_model_is_left_as_it_was(folder, tiny):
+    before, after = (checkpoint.load(each).model.state_dict() for each in (tiny, folder))
+    packed = {name for name, tensor in after.items() if tensor.dtype == torch.uint8}
+
+    for name in before.keys() - packed:
+        assert torch.equal(after[name], before[name]), name
+
+
+@torch.inference_mode()
+def test_a_quantised_model_computes_nearly_the_same_logits(folder, tiny):
+    ids = torch.arange(40)[None]
+    floats, quantised = (checkpoint.load(each, dtype=torch.float32).model(ids) for each in (tiny, folder))
+
+    bits = json.loads((folder / "config.json").read_text())["quantization"]["bits"]
+    cosine = F.cosine_similarity(quantised.flatten(), floats.flatten(), dim=0)
+    assert cosine > (0.98 if bits == 8 else 0.8)  # these random weights make much of little
+
+
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 def test_no_weight_is_farther_from_its_number_than_half_a_step_unless_clipped(packing):
     matrix = torch.randn(16, 256)

@@ -90,7 +90,7 @@ def quantise(
 
 def to_numbers(values: Tensor, scale: Tensor, bias: Tensor, bits: int) -> Tensor:
     """The nearest number to each value, as floats; the three broadcast."""
-    return ((values - bias.float()) / scale.float()).round().clamp(0, 2**bits - 1)
+    return ((values - bias.to(values.dtype)) / scale.to(values.dtype)).round().clamp(0, 2**bits - 1)
 
 
 def choose_scales(groups: Tensor, packing: Packing, dtype: torch.dtype, importance: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,7 +210,7 @@ def quantized_layers(model: nn.Module) -> dict[str, Quantized]:
 
 
 def replace_layers(model: nn.Module, packings: Mapping[str, Packing]) -> None:
-    """Put empty quantised layers, on the same device, where linear layers and embeddings are; by name.
+    """Put quantised layers without numbers, on the same device, where linear layers and embeddings are; by name.
 
     The caller has seen to it that the names are there and that each packing fits.
     """
@@ -224,19 +224,5 @@ def replace_layers(model: nn.Module, packings: Mapping[str, Packing]) -> None:
             else:
                 assert isinstance(layer, nn.Linear)
                 new = QuantizedLinear(layer.in_features, layer.out_features, packing, bias=layer.bias is not None)
-        setattr(model.get_submodule(parent), own, new)
-
-
-@torch.no_grad()
-def restore_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put ordinary layers, with the floats that the numbers stand for, in the place of the quantised ones."""
-    for name, layer in quantized_layers(model).items():
-        parent, _, own = name.rpartition(".")
-        new: nn.Module
-        if isinstance(layer, QuantizedEmbedding):
-            new = nn.Embedding(layer.num_embeddings, layer.embedding_dim, device="meta")
-        else:
-            new = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-            new.register_parameter("bias", layer.bias)
-        new.weight = nn.Parameter(layer.floats(layer.scales.dtype).to(dtype))
+                new.bias = layer.bias
         setattr(model.get_submodule(parent), own, new)
