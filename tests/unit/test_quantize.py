@@ -31,10 +31,15 @@ from fastvlm.model.quantize import (
     unpack,
 )
 from fastvlm.options import QuantizeOptions
-from fastvlm.quantize.run import put, quantize
+from fastvlm.quantize.gptq import compensated
+from fastvlm.quantize.run import quantize
 
 PACKINGS = [Packing(4, 32), Packing(4, 64), Packing(4, 128), Packing(8, 32), Packing(8, 64), Packing(8, ROW)]
 CONFIG = LanguageConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=96, vocab_size=80, tied=True)
+
+
+def put(layer, parts):
+    layer.weight, layer.scales, layer.biases = parts
 
 
 def layer_of(packing, *, num_outputs=64, num_inputs=256, dtype=torch.float32):
@@ -68,7 +73,7 @@ def quantised(request, floats):
 
 @pytest.fixture(params=[8, 4])
 def folder(request, tiny, tmp_path):
-    options = QuantizeOptions(model=str(tiny), out=str(tmp_path / "quantised"), bits=request.param)
+    options = QuantizeOptions(model=str(tiny), out=str(tmp_path / "quantised"), bits=request.param, rounding="nearest")
     return quantize(options)
 
 
@@ -133,6 +138,20 @@ def test_errors_that_count_more_become_smaller():
         return float(wrong.square()[:, torch.arange(128) % 32 < 4].sum())
 
     assert error(importance) < error(None)
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+def test_compensated_rounding_changes_outputs_less_than_the_nearest(packing):
+    torch.manual_seed(1)
+    matrix = torch.randn(32, 256)
+    x = torch.randn(400, 256) @ torch.randn(256, 256) * torch.linspace(0.1, 3, 256)  # inputs that go together
+
+    def error(parts):
+        return float((x @ (dequantise(*parts, packing.bits) - matrix).T).norm())
+
+    nearest = error(quantise(matrix, packing, torch.float32))
+
+    assert error(compensated(matrix, x.T @ x / len(x), packing, torch.float32)) < 0.8 * nearest
 
 
 def inside(layer):
@@ -327,7 +346,9 @@ def test_settings_that_do_not_fit_the_weights_are_refused_in_one_line(change, ex
 
 
 def test_the_command_writes_a_folder_that_answers(tiny, tmp_path, capsys, photo):
-    status = cli.main(["quantize", "--model", str(tiny), "--out", str(tmp_path / "q"), "--bits", "4"])
+    status = cli.main(
+        ["quantize", "--model", str(tiny), "--out", str(tmp_path / "q"), "--bits", "4", "--rounding", "nearest"]
+    )
     assert status == 0, capsys.readouterr().err
     assert capsys.readouterr().out.strip() == str(tmp_path / "q")
 

@@ -16,7 +16,7 @@ _MARKS: Final = ("config.json",)  # a folder without it is no checkpoint
 _KNOWN: Final = re.compile(
     r"(model|model-\d{5}-of-\d{5}|clip_head|train_state|adapter_model)\.safetensors|model\.safetensors\.index\.json"
     r"|(adapter_|generation_|preprocessor_|processor_|tokenizer_)?config\.json"
-    r"|(tokenizer|vocab|added_tokens|special_tokens_map|train_state|options|trainer_state)\.json"
+    r"|(tokenizer|vocab|added_tokens|special_tokens_map|train_state|options|trainer_state|quantization)\.json"
     r"|merges\.txt|chat_template\.(jinja|json)|metrics\.jsonl|\.gitattributes|\.DS_Store"
 )
 _TEXTS: Final = ("", ".md", ".txt", ".rst", ".pdf")

@@ -97,10 +97,24 @@ class QuantizeOptions:
     """Of each weight; the embedding table and the head always have 8."""
     group_size: Literal[32, 64, 128] | None = None
     """Inputs that share a scale; by default a whole row for 8 bits and 32 for 4."""
+    rounding: Literal["nearest", "gptq"] | None = None
+    """To the nearest number, or so that later weights make good what earlier ones lose (GPTQ), for drawn pictures that
+    are read first; by default nearest for 8 bits, gptq for 4."""
+    pictures: int = 128
+    """How many are read for gptq; `fastvlm data assets` fetches what they are drawn with."""
     overwrite: bool = False
     """Replace a checkpoint that is there; a folder that holds anything else is left alone."""
     quiet: bool = False
     """No progress lines."""
+
+    def __post_init__(self) -> None:
+        """Check the number of pictures.
+
+        Raises:
+            InputError: It is out of its range.
+        """
+        if not 1 <= self.pictures <= 100_000:
+            raise InputError(f"pictures must be between 1 and 100000, got {self.pictures}")
 
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "q4", "q4f16"]

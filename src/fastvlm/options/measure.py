@@ -21,6 +21,9 @@ class EvalOptions:
     """Pictures a task."""
     seed: int = 0
     """Which block of the held-out pictures; 0 is the one that is reported."""
+    against: str | None = None
+    """Do not mark answers: count those that are equal to this model's in float32, and list the others with the margin
+    at which that model chose otherwise. --num-samples is then of all tasks together."""
     output: str | None = None
     """Write the results to this JSON file."""
     samples: str | None = None

@@ -1,7 +1,9 @@
 """The `quantize` command: load, choose formats, round, save."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +12,31 @@ from fastvlm.checkpoint.convert import CHANGES
 from fastvlm.checkpoint.load import Checkpoint, load
 from fastvlm.checkpoint.save import save
 from fastvlm.checkpoint.zoo import resolve
+from fastvlm.device import flush_denormals, place
 from fastvlm.errors import InputError
 from fastvlm.model.fastvlm import FastVLM
-from fastvlm.model.quantize import ROW, Packing, Quantized, quantise, quantized_layers, replace_layers
-from fastvlm.options import QuantizeOptions
+from fastvlm.model.quantize import ROW, Packing, quantized_layers
+from fastvlm.options import ImageOptions, QuantizeOptions
+from fastvlm.predict import Predictor
+from fastvlm.prompt import Message, Tokenizer, assistant, tokenize, user
+from fastvlm.quantize.calibrate import round_layers, round_nearest
+from fastvlm.synth.assets import default_folder, read_assets
+from fastvlm.synth.sample import Sample
+from fastvlm.synth.studio import Studio
 
 Say = Callable[[str], None]
 TABLE, HEAD = "language.embed_tokens", "language.lm_head"
+REPORT: Final = "quantization.json"
+SEED: Final = 5_000_000  # of the pictures of calibration: training's kind, not those that are evaluated
+_CHECKED: Final = 8  # more pictures, on which logits are compared
 
 
 def quantize(options: QuantizeOptions, say: Say = lambda line: None) -> Path:
-    """Write a checkpoint folder whose language model is quantised.
+    """Write a checkpoint folder whose language model is quantised, and `quantization.json`: how, and what it cost.
 
     Raises:
         CheckpointError: The model cannot be read, or the folder not written.
-        InputError: The model is quantised already, or too narrow to be.
+        InputError: The model is quantised already, or too narrow to be, or the pictures of calibration cannot be drawn.
     """
     folder = resolve(options.model)
     if Path(options.out).resolve().is_relative_to(folder.resolve()):
@@ -34,8 +46,27 @@ def quantize(options: QuantizeOptions, say: Say = lambda line: None) -> Path:
     if quantized_layers(model):
         raise InputError(f"{folder} is quantised already; name the model that it was made from")
     packings = choose_packings(model, bits=options.bits, group_size=options.group_size)
-    round_nearest(model, packings, say)
-    save(model, checkpoint.tokenizer, options.out, extra=_notes(checkpoint, packings), overwrite=options.overwrite)
+    rounding = options.rounding or ("nearest" if options.bits == 8 else "gptq")
+    report: dict[str, Any] = {
+        "bits": options.bits,
+        "matrices": packings_summary(packings),
+        "rounding": rounding,
+        "float_bytes": sum(tensor.nbytes for tensor in model.language.state_dict().values()),
+    }
+    if rounding == "gptq":
+        read = _reading(load(folder, dtype=place("cpu").dtype), options.pictures + _CHECKED, say)
+        embeds, held_back = read[: options.pictures], read[options.pictures :]
+        before = [_logits(model, each) for each in held_back]
+        layers = {name.removeprefix("language."): each for name, each in packings.items() if ".layers." in name}
+        round_layers(model.language, layers, embeds, say)
+        round_nearest(model, {name: each for name, each in packings.items() if ".layers." not in name})
+        after = [_logits(model, each) for each in held_back]
+        report |= {"pictures": options.pictures} | _divergence(before, after)
+    else:
+        round_nearest(model, packings)
+    report["quantised_bytes"] = sum(tensor.nbytes for tensor in model.language.state_dict().values())
+    extra = _notes(checkpoint, packings) | {REPORT: (json.dumps(report, indent=2) + "\n").encode()}
+    save(model, checkpoint.tokenizer, options.out, extra=extra, overwrite=options.overwrite)
     return Path(options.out)
 
 
@@ -60,6 +91,12 @@ def choose_packings(model: FastVLM, *, bits: int, group_size: int | None) -> dic
     return packings
 
 
+def packings_summary(packings: dict[str, Packing]) -> dict[str, int]:
+    """How many matrices are kept in each way."""
+    kinds = [f"{each.bits} bits, {'rows' if each.group_size == ROW else each.group_size}" for each in packings.values()]
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
 def _matrices(model: FastVLM) -> dict[str, int]:
     """The inputs of each matrix of the language model, by the layer's name."""
     layers = {f"language.{name}": layer for name, layer in model.language.named_modules()}
@@ -67,23 +104,47 @@ def _matrices(model: FastVLM) -> dict[str, int]:
     return {name: layer.weight.shape[1] for name, layer in layers.items() if isinstance(layer, kinds)}
 
 
-@torch.no_grad()
-def round_nearest(model: FastVLM, packings: dict[str, Packing], say: Say) -> None:
-    """Put quantised layers in the place of the named ones, each weight rounded to the nearest number."""
-    for name, packing in packings.items():
-        matrix = model.get_submodule(name).weight
-        assert isinstance(matrix, Tensor)
-        dtype = matrix.dtype
-        parts = quantise(matrix, packing, dtype)
-        replace_layers(model, {name: packing})
-        say(f"{name}: {packing.bits} bits")
-        put(model.get_submodule(name), parts)
+@torch.inference_mode()
+def _reading(checkpoint: Checkpoint, count: int, say: Say) -> list[Tensor]:
+    """Draw pictures with questions and answers; return what the language model reads of each, `(1, T, D)`."""
+    studio = Studio(read_assets(default_folder()))
+    predictor = Predictor(checkpoint.model, checkpoint.tokenizer, place("cpu"))
+    read = []
+    for index in range(count):
+        sample = studio.sample(SEED + index, split="train")
+        with flush_denormals():
+            pixels = predictor.pixels(sample.image, ImageOptions())
+            image_embeds = predictor.model.encode(predictor.to_device(pixels))  # (1, N, D)
+        token_ids = _token_ids(sample, predictor.tokenizer, image_embeds.shape[1])
+        read.append(predictor.model.embed(torch.tensor([token_ids]), image_embeds).clone())
+        if (index + 1) % 16 == 0:
+            say(f"read {index + 1} of {count} pictures")
+    return read
 
 
-def put(layer: nn.Module, parts: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Fill a quantised layer with bytes, scales and biases."""
-    assert isinstance(layer, Quantized)
-    layer.weight, layer.scales, layer.biases = parts
+def _token_ids(sample: Sample, tokenizer: Tokenizer, num_image_tokens: int) -> list[int]:
+    messages: list[Message] = []
+    for number, turn in enumerate(sample.turns):
+        messages += [user(turn.question, 0 if number else 1), assistant(turn.answer)]
+    return tokenize(messages, tokenizer, num_image_tokens, add_generation_prompt=False).token_ids
+
+
+@torch.inference_mode()
+def _logits(model: FastVLM, embeds: Tensor) -> Tensor:
+    """Next-token logits `(T, V)` in the model's own format, as float32."""
+    embeds = embeds.to(model.language.norm.weight.dtype)
+    return model.language.head(model.language(embeds))[0].float()
+
+
+def _divergence(before: list[Tensor], after: list[Tensor]) -> dict[str, float]:
+    old, new = torch.cat(before), torch.cat(after)
+    surprise = nn.functional.kl_div(new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="none")
+    return {
+        "logits_cosine": float(nn.functional.cosine_similarity(old, new).mean()),
+        "logits_relative_error": float((new - old).norm() / old.norm()),
+        "mean_kl_divergence_nats": float(surprise.sum(-1).mean()),
+        "same_likeliest_token": float((old.argmax(-1) == new.argmax(-1)).float().mean()),
+    }
 
 
 def _notes(checkpoint: Checkpoint, packings: dict[str, Packing]) -> dict[str, bytes]:
