@@ -28,8 +28,8 @@ RESULTS = Path(__file__).parent / "results"
 QUESTIONS = ("What is this?", "Where was this taken, and when?")
 TEXTS = ("Hello", "Write the list again: apples, pears, plums, apples, pears, plums, apples")
 GUESSES = (0, 4, 8)
-ROUNDS = 5
-TOKENS = 64
+ROUNDS = 3
+TOKENS = 32
 
 
 def main() -> None:
