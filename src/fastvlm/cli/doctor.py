@@ -14,13 +14,14 @@ from PIL import Image, ImageDraw
 from fastvlm.checkpoint.zoo import list_models, models_folder, resolve
 from fastvlm.cli.output import Output
 from fastvlm.device import Placement, available_memory_bytes, cpu_flags, describe, has_fast_bfloat16, place
-from fastvlm.errors import FastVLMError, InputError
+from fastvlm.errors import DeviceError, FastVLMError, InputError
+from fastvlm.native.build import find_compiler
 from fastvlm.options import DoctorOptions, GenerationOptions
 from fastvlm.predict import load
 from fastvlm.synth.assets import default_folder, is_complete
 
 _PACKAGES = ("torch", "numpy", "pillow", "safetensors", "tokenizers", "huggingface-hub", "httpx2", "filelock", "tyro")
-_EXTRAS = (("av", "reads video files"),)
+_EXTRAS = (("av", "reads video files"), ("openvino", "--engine openvino, exports"))
 _CPU_FLAGS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512f", "avx2", "asimd", "bf16")
 _NUM_SQUARES = "2"  # in the picture that nano is asked about
 _LITTLE_MEMORY, _LITTLE_DISK = 2_000_000_000, 5_000_000_000
@@ -101,8 +102,16 @@ def _packages() -> Check:
 
 def _extras() -> Iterator[Check]:
     parts = [f"{name} {'is here' if util.find_spec(name) else 'is not here'} ({use})" for name, use in _EXTRAS]
+    parts.append(f"a C++ compiler {'is here' if _has_compiler() else 'is not here'} (--compile)")
     parts.append(f"npm {'is here' if shutil.which('npm') else 'is not here'} (`fastvlm data assets`)")
     yield Check("optional", "ok", ", ".join(parts))
+
+
+def _has_compiler() -> bool:
+    try:
+        return bool(find_compiler())
+    except DeviceError:
+        return False
 
 
 def _dtype(placement: Placement) -> Check:
