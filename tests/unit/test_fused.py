@@ -37,6 +37,20 @@ def test_fused_features_are_those_of_the_folded_encoder(folded, size):
     assert_close(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().mean()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
+def test_sizes_may_come_in_any_order(folded, dtype):
+    encoder = fused.fuse(copy.deepcopy(folded).to(dtype).to(memory_format=torch.channels_last))
+    sizes = [(64, 64), (256, 128), (64, 64), (384, 384), (64, 64), (256, 128)]
+    pixels = [torch.rand(1, 3, *size).to(dtype, memory_format=torch.channels_last) for size in sizes]
+
+    with torch.inference_mode():
+        got = [encoder(x) for x in pixels]
+        alone = [fused.fuse(copy.deepcopy(folded).to(dtype).to(memory_format=torch.channels_last))(x) for x in pixels]
+
+    for one, other in zip(got, alone, strict=True):
+        assert_close(one, other)
+
+
 @pytest.mark.parametrize("dtype", [BFLOAT16])
 def test_fused_bfloat16_is_no_further_from_float32_than_unfused(folded, dtype):
     pixels = torch.rand(1, 3, 256, 256)

@@ -54,9 +54,12 @@ def fuse(vision: FastViTHD) -> FastViTHD:
 
 
 class FusedConv(nn.Module):
-    """A convolution, perhaps with GELU or with a map added, in one operator; its kernel is laid out for oneDNN."""
+    """A convolution, perhaps with GELU or with a map added, in one operator; its kernel is laid out for oneDNN.
 
-    weight: Tensor
+    Which layout is right depends on the size of the map, and a wrong one is mended at every call. So the kernel is laid
+    out when a size first comes, and the layouts of the last sizes are kept.
+    """
+
     bias: Tensor
 
     def __init__(self, conv: nn.Module, *, has_gelu: bool = False) -> None:
@@ -65,23 +68,36 @@ class FusedConv(nn.Module):
         assert conv.bias is not None
         self.stride, self.padding, self.groups = list(conv.stride), [int(x) for x in conv.padding], conv.groups
         self.act = "gelu" if has_gelu else "none"
-        weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
-        packed = torch.ops.mkldnn._reorder_convolution_weight(
-            weight, self.padding, self.stride, [1, 1], self.groups, [1, conv.in_channels, 64, 64]
-        )
-        self.register_buffer("weight", packed, persistent=False)
+        self._layouts: dict[tuple[int, ...], Tensor] = {
+            (): conv.weight.detach().contiguous(memory_format=torch.channels_last)
+        }
         self.register_buffer("bias", conv.bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(P, C, h, w)` to `(P, C', h', w')`."""
+        weight = self._laid_out(x.shape)
         return torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, self.padding, self.stride, [1, 1], self.groups, self.act, [], "none"
+            x, weight, self.bias, self.padding, self.stride, [1, 1], self.groups, self.act, [], "none"
         )
+
+    def _laid_out(self, shape: torch.Size) -> Tensor:
+        size = tuple(shape[2:])
+        if (known := self._layouts.get(size)) is not None:
+            return known
+        weight = next(iter(self._layouts.values()))
+        dense = weight.to_dense() if weight.is_mkldnn else weight
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            dense, self.padding, self.stride, [1, 1], self.groups, list(shape)
+        )
+        last = list(self._layouts.items())[-1:] if () not in self._layouts else []
+        self._layouts = {**dict(last), size: packed}
+        return packed
 
     def plus(self, x: Tensor, skip: Tensor) -> Tensor:
         """Do what `forward` does, and add `skip` `(P, C', h', w')`."""
+        weight = self._laid_out(x.shape)
         return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, skip, self.weight, self.bias, self.padding, self.stride, [1, 1], self.groups, "add", 1.0, None, [], None
+            x, skip, weight, self.bias, self.padding, self.stride, [1, 1], self.groups, "add", 1.0, None, [], None
         )
 
 
