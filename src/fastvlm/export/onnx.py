@@ -20,7 +20,7 @@ from fastvlm.checkpoint.convert import apple_config
 from fastvlm.checkpoint.save import MAX_LENGTH, write_generation_config, write_json
 from fastvlm.config import Config, LanguageConfig
 from fastvlm.errors import ExportError
-from fastvlm.export import quantise
+from fastvlm.export import compensate, quantise
 from fastvlm.export.graphs import Decoder, Embedder, HalfEncoder, find_islands
 from fastvlm.export.parts import (
     FLOAT32,
@@ -77,6 +77,7 @@ def write(source: Source, request: Request, place: Path) -> Written:
     folder.mkdir()
     notes = ["Branches, BatchNorm and layer scale of the vision encoder folded into its convolutions; ONNX written."]
     external: dict[str, int] = {}
+    packed = _rounded_decoder(source, request, notes)
     for is_half in (False, True):
         precisions = [each for each in request.precisions if (each in ("fp16", "q4f16")) == is_half]
         if not precisions:
@@ -89,7 +90,7 @@ def write(source: Source, request: Request, place: Path) -> Written:
             traced = make()
             for precision in precisions:
                 graph = traced.clone()  # shares the weights
-                _quantise(graph, name, precision)
+                _quantise(graph, name, precision, packed)
                 path = folder / f"{name}{_suffix(precision)}.onnx"
                 if _save(graph, path):
                     external[path.name] = 1
@@ -245,7 +246,16 @@ def _trace(
     return program.model
 
 
-def _quantise(graph: Graph, name: str, precision: Precision) -> None:
+def _rounded_decoder(source: Source, request: Request, notes: list[str]) -> list[quantise.Packed] | None:
+    """The decoder's matrices in 4 bits, where they are asked for."""
+    if not {"q4", "q4f16"} & set(request.precisions):
+        return None
+    notes.append("The decoder rounded to 4 bits with GPTQ on drawn pictures; head, values and last layer have 8 bits.")
+    sentences = list(compensate.examples(source, request))
+    return compensate.decoder(source.eager.model.language, sentences)
+
+
+def _quantise(graph: Graph, name: str, precision: Precision, packed: Sequence[quantise.Packed] | None) -> None:
     if precision in ("fp32", "fp16"):
         return
     if name == ENCODER:
@@ -253,7 +263,7 @@ def _quantise(graph: Graph, name: str, precision: Precision) -> None:
     elif name == EMBEDDING:
         quantise.table(graph)
     else:
-        quantise.matrices(graph, bits=8 if precision == "int8" else 4)
+        quantise.matrices(graph, None if precision == "int8" else packed)
 
 
 def _save(graph: Graph, path: Path) -> bool:

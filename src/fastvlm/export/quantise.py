@@ -3,8 +3,8 @@
 Letters: `K` inputs and `N` outputs of a matrix.
 """
 
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,22 @@ _MICROSOFT: Final = "com.microsoft"
 Graph = Any
 """An `onnx_ir.Model`."""
 Array = NDArray[Any]
+
+
+class Packed(NamedTuple):
+    """A matrix `(N, K)` in blocks of `BLOCK` inputs, as `MatMulNBits` reads it: `(number - zero) * scale`.
+
+    Attributes:
+        bits: 4 or 8.
+        numbers: uint8 `(N, blocks, BLOCK * bits / 8)`, the lower half of a byte first.
+        scales: float32 `(N, blocks)`.
+        zeros: Packed like the numbers, `(N, blocks * bits / 8)` rounded up.
+    """
+
+    bits: int
+    numbers: Array
+    scales: Array
+    zeros: Array
 
 
 def convolutions(model: Graph) -> None:
@@ -63,17 +79,25 @@ def table(model: Graph) -> None:
     _drop_unused(model)
 
 
-def matrices(model: Graph, *, bits: int) -> None:
-    """Store each constant matrix in blocks of `BLOCK` inputs with 4 or 8 bits a weight (`MatMulNBits`)."""
+def matrices(model: Graph, packed: Sequence[Packed] | None = None) -> None:
+    """Store each constant matrix in blocks of `BLOCK` inputs with 4 or 8 bits a weight (`MatMulNBits`).
+
+    Args:
+        model: Changed in place.
+        packed: The matrices in the order of the graph, rounded already; None rounds each to 8 bits.
+    """
     (ir,) = needs("onnx", "onnx_ir")
-    for node in list(model.graph):
-        if node.op_type != "MatMul" or (weight := _constant(node)) is None:
-            continue
+    nodes = [node for node in model.graph if node.op_type == "MatMul" and _constant(node) is not None]
+    given: Sequence[Packed | None] = packed or [None] * len(nodes)
+    for node, own in zip(nodes, given, strict=True):
+        weight = _constant(node)
+        assert weight is not None
         name, (num_inputs, num_outputs) = node.inputs[1].name, weight.shape
-        packed, scales, zeros = pack(weight.T, bits=bits)
+        bits, numbers, scales, zeros = pack(weight.T, bits=8) if own is None else own
+        assert len(numbers) == num_outputs
         inputs = [
             node.inputs[0],
-            _put(model, f"{name}_q{bits}", packed),
+            _put(model, f"{name}_q{bits}", numbers),
             _put(model, f"{name}_scales", scales.astype(weight.dtype)),
             _put(model, f"{name}_zero_points", zeros),
         ]
@@ -85,16 +109,20 @@ def matrices(model: Graph, *, bits: int) -> None:
     _drop_unused(model)
 
 
-def pack(weight: Array, *, bits: int) -> tuple[Array, Array, Array]:
-    """Quantise a matrix `(N, K)` block by block, as `MatMulNBits` reads it: `(q - zero) * scale`.
-
-    Returns:
-        Weights, uint8 `(N, blocks, BLOCK * bits / 8)`, the lower half of a byte first; scales, float32 `(N, blocks)`;
-        zero points, packed like the weights, `(N, blocks * bits / 8)` rounded up.
-    """
+def pack(weight: Array, *, bits: int) -> Packed:
+    """Round each weight of a matrix `(N, K)` to the nearest number."""
     parts = [_pack_rows(weight[start : start + _ROWS], bits) for start in range(0, len(weight), _ROWS)]
-    packed, scales, zeros = (np.concatenate(each) for each in zip(*parts, strict=True))
-    return packed, scales, zeros
+    numbers, scales, zeros = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return Packed(bits, numbers, scales, zeros)
+
+
+def unpack(packed: Packed, width: int) -> Array:
+    """The matrix `(N, width)`, float32, that the numbers stand for."""
+    bits, numbers, scales, zeros = packed
+    if bits == 4:
+        numbers, zeros = _halves(numbers), _halves(zeros)[:, : scales.shape[1]]
+    values: Array = (numbers.astype(np.float32) - zeros[..., None]) * scales[..., None]
+    return values.reshape(len(values), -1)[:, :width]
 
 
 def _pack_rows(weight: Array, bits: int) -> tuple[Array, Array, Array]:
@@ -104,32 +132,46 @@ def _pack_rows(weight: Array, bits: int) -> tuple[Array, Array, Array]:
     values[:, :width] = weight
     values = values.reshape(num_rows, blocks, BLOCK)
     top = 2**bits - 1
+    scale, zero = choose(values, top)
+    stored = rounded(values, scale, zero, top).astype(np.uint8)
+    zeros = zero[:, :, 0].astype(np.uint8)
+    return (stored, scale[:, :, 0], zeros) if bits == 8 else (nibbles(stored), scale[:, :, 0], nibbles(zeros))
+
+
+def choose(values: Array, top: int) -> tuple[Array, Array]:
+    """Choose scale and zero point of each block `(N, blocks, BLOCK)`, for numbers up to `top`: each `(N, blocks, 1)`.
+
+    With 4 bits the range is shrunk to where the squared error is least.
+    """
     low = np.minimum(values.min(2, keepdims=True), 0)
     high = np.maximum(values.max(2, keepdims=True), 0)
     best = [np.full_like(low, np.inf), np.ones_like(low), np.zeros_like(low)]  # error, scale, zero point
-    for shrink in _SHRINK if bits < 8 else _SHRINK[:1]:
+    for shrink in _SHRINK if top < 255 else _SHRINK[:1]:
         scale = (high - low) * np.float32(shrink / top)
         scale[scale == 0] = 1
         zero = np.clip(np.rint(-low * shrink / scale), 0, top)
-        error = np.square((_rounded(values, scale, zero, top) - zero) * scale - values).sum(2, keepdims=True)
+        error = np.square((rounded(values, scale, zero, top) - zero) * scale - values).sum(2, keepdims=True)
         is_better = error < best[0]
         best = [np.where(is_better, new, old) for new, old in zip((error, scale, zero), best, strict=True)]
-    _, scale, zero = best
-    stored = _rounded(values, scale, zero, top).astype(np.uint8)
-    zeros = zero[:, :, 0].astype(np.uint8)
-    return (stored, scale[:, :, 0], zeros) if bits == 8 else (_nibbles(stored), scale[:, :, 0], _nibbles(zeros))
+    return best[1], best[2]
 
 
-def _rounded(values: Array, scale: Array, zero: Array, top: int) -> Array:
+def rounded(values: Array, scale: Array, zero: Array, top: int) -> Array:
+    """The nearest number from 0 to `top` to each value, as floats."""
     return np.clip(np.rint(values / scale) + zero, 0, top)
 
 
-def _nibbles(values: Array) -> Array:
+def nibbles(values: Array) -> Array:
     """Two values a byte along the last axis, the first in the lower half."""
     if values.shape[-1] % 2:
         values = np.concatenate([values, np.zeros_like(values[..., :1])], -1)
     packed: Array = values[..., ::2] | (values[..., 1::2] << 4)
     return packed
+
+
+def _halves(packed: Array) -> Array:
+    """Each byte's two values along the last axis, the lower half first."""
+    return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
 
 
 def _symmetric(weight: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:

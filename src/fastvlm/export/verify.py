@@ -22,6 +22,7 @@ from fastvlm.options import GenerationOptions, Precision
 from fastvlm.predict import Predictor
 from fastvlm.prompt import Tokenizer, tokenize, user
 from fastvlm.synth.assets import default_folder, is_complete, read_assets
+from fastvlm.synth.sample import Split
 from fastvlm.synth.studio import Studio
 
 TOKENS: Final = 24  # of an answer that is compared
@@ -39,13 +40,16 @@ class Picture:
     question: str
 
 
-def draw_pictures(count: int) -> tuple[Picture, ...]:
-    """Draw pictures, the same each time: nano's where its fonts and emoji are here, else squares, discs and lines."""
+def draw_pictures(count: int, *, split: Split = "heldout") -> tuple[Picture, ...]:
+    """Draw pictures, the same each time: nano's where its fonts and emoji are here, else squares, discs and lines.
+
+    No picture of one split is in the other.
+    """
     folder = default_folder()
     if not is_complete(folder):
-        return tuple(_plain_picture(seed) for seed in range(count))
+        return tuple(_plain_picture(seed + (SEED if split == "train" else 0)) for seed in range(count))
     studio = Studio(read_assets(folder))
-    samples = (studio.sample(SEED + index, split="heldout") for index in range(count))
+    samples = (studio.sample(SEED + index, split=split) for index in range(count))
     return tuple(Picture(image=sample.image, question=sample.turns[0].question) for sample in samples)
 
 

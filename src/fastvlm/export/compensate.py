@@ -1,0 +1,164 @@
+"""Round a decoder to 4 bits so that what it computes changes least, not its weights: GPTQ (arXiv 2210.17323).
+
+A matrix is rounded column by column, and what each rounding does to the outputs is made good by the columns that are
+still to come, as far as the inputs, seen on examples, allow. Layers come one after the other, each with the inputs that
+the rounded layers before it give.
+
+Letters: `D` width of language, `T` tokens, `K` inputs and `N` outputs of a matrix.
+"""
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastvlm.export.parts import Request, Source
+from fastvlm.export.quantise import BLOCK, Packed, choose, nibbles, pack, rounded, unpack
+from fastvlm.export.verify import MANY_PARAMETERS, draw_pictures
+from fastvlm.generate import generate
+from fastvlm.image import to_pixels
+from fastvlm.model.language import Layer, Qwen2, rotary_angles
+from fastvlm.options import GenerationOptions
+from fastvlm.prompt import tokenize, user
+
+Array = NDArray[np.float32]
+
+_TOP: Final = 15  # the largest number of 4 bits
+_DAMPING: Final = 0.01  # of the mean square of the inputs, added to each: few examples say little
+_WIDEST: Final = 1024  # inputs among which errors are shared; a matrix of more is cut
+_VALUES: Final = "self_attn.v_proj"
+
+
+@dataclass(frozen=True)
+class _Effort:
+    pictures: int
+    tokens: int
+
+
+_SMALL, _LARGE = _Effort(32, 24), _Effort(4, 8)
+
+
+def examples(source: Source, request: Request) -> Iterator[Tensor]:
+    """Prompts with drawn pictures and eager's own answers, as embeddings `(1, T, D)`.
+
+    The pictures are drawn as nano's training is, with other fonts and words than those of the comparison.
+    """
+    model, tokenizer = source.eager.model, source.tokenizer
+    vision = source.config.vision
+    effort = _SMALL if source.num_parameters <= MANY_PARAMETERS else _LARGE
+    for picture in draw_pictures(effort.pictures, split="train"):
+        pixels = to_pixels(picture.image, size=request.image_size, fit=vision.fit)
+        num_tokens = (request.image_size // vision.stride) ** 2
+        prompt = tokenize([user(picture.question, 1)], tokenizer, num_tokens).token_ids
+        with torch.inference_mode():
+            image_embeds = model.encode(source.eager.to_device(pixels))
+            options = GenerationOptions(max_new_tokens=effort.tokens)
+            (answer,) = generate(model, tokenizer, [prompt], image_embeds, options)
+            yield model.embed(torch.tensor([[*prompt, *answer.token_ids]]), image_embeds)
+
+
+@torch.inference_mode()
+def decoder(language: Qwen2, sentences: Sequence[Tensor]) -> list[Packed]:
+    """Round all matrices of a decoder, which is left as it is.
+
+    Most get 4 bits. The head, the projections to values and the last layer, where rounding costs answers most, get 8.
+
+    Args:
+        language: In float32.
+        sentences: Embeddings, each `(1, T, D)`.
+
+    Returns:
+        One entry for each matrix, in the order in which they are computed; the head is the last.
+    """
+    found: list[Packed] = []
+    hidden = list(sentences)
+    config = language.config
+    angles = [rotary_angles(torch.arange(x.shape[1])[None], config.head_dim, config.rope_theta) for x in hidden]
+    for index, original in enumerate(language.layers):
+        layer: Layer = deepcopy(original)  # type: ignore[assignment]
+        correlations = _correlations(layer, hidden, angles)
+        for name, linear in _matrices(layer):
+            weight = linear.weight.numpy()
+            if name == _VALUES or index == len(language.layers) - 1:
+                found.append(pack(weight, bits=8))
+            else:
+                found.append(compensated(weight, correlations[name]))
+            linear.weight.copy_(torch.from_numpy(unpack(found[-1], weight.shape[1])))
+        hidden = [layer(x, each, None, None, 0) for x, each in zip(hidden, angles, strict=True)]
+    head = language.embed_tokens if language.lm_head is None else language.lm_head
+    found.append(pack(head.weight.numpy(), bits=8))
+    return found
+
+
+def compensated(weight: Array, correlation: NDArray[np.float64]) -> Packed:
+    """Round a matrix `(N, K)` to 4 bits, given the sum `(K, K)` of the products of its inputs with one another."""
+    num_rows, width = weight.shape
+    padded = -(-width // BLOCK) * BLOCK
+    values = np.zeros((num_rows, padded), np.float32)
+    values[:, :width] = weight
+    sums = np.zeros((padded, padded))
+    sums[:width, :width] = correlation
+    numbers = np.zeros((num_rows, padded), np.uint8)
+    scales = np.zeros((num_rows, padded // BLOCK), np.float32)
+    zeros = np.zeros((num_rows, padded // BLOCK), np.uint8)
+    for start in range(0, padded, _WIDEST):
+        end = min(start + _WIDEST, padded)
+        factor = _factor(sums[start:end, start:end])
+        for first in range(start, end, BLOCK):
+            last, at = first + BLOCK, first - start
+            block, inside = values[:, first:last], factor[at : at + BLOCK, at : at + BLOCK]
+            scale, zero = choose(block[:, None], _TOP)
+            scale, zero = scale[:, 0], zero[:, 0]  # (N, 1)
+            errors = np.empty_like(block)
+            for column in range(BLOCK):
+                value = block[:, column : column + 1]
+                number = rounded(value, scale, zero, _TOP)
+                numbers[:, first + column] = number[:, 0]
+                errors[:, column : column + 1] = (value - (number - zero) * scale) / inside[column, column]
+                block[:, column + 1 :] -= errors[:, column : column + 1] * inside[column, column + 1 :]
+            values[:, last:end] -= errors @ factor[at : at + BLOCK, at + BLOCK :]
+            scales[:, first // BLOCK], zeros[:, first // BLOCK] = scale[:, 0], zero[:, 0]
+    return Packed(4, nibbles(numbers.reshape(num_rows, -1, BLOCK)), scales, nibbles(zeros))
+
+
+def _factor(sums: NDArray[np.float64]) -> Array:
+    """The upper triangle `U` of which `U.T @ U` is the inverse: row by row, what later columns can make good."""
+    sums = sums + np.eye(len(sums)) * (_DAMPING * np.trace(sums) / len(sums))
+    unseen = np.diag(sums) == 0
+    sums[unseen, unseen] = 1
+    return np.linalg.cholesky(np.linalg.inv(sums)).T.astype(np.float32)
+
+
+def _matrices(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The matrices of a layer, in the order in which they are computed."""
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        yield f"self_attn.{name}", layer.get_submodule(f"self_attn.{name}")  # type: ignore[misc]
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        yield f"mlp.{name}", layer.get_submodule(f"mlp.{name}")  # type: ignore[misc]
+
+
+def _correlations(
+    layer: Layer, hidden: Sequence[Tensor], angles: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, NDArray[np.float64]]:
+    """What goes into each matrix of a layer: the sum of the products of inputs, `(K, K)`."""
+    found: dict[str, Tensor] = {}
+    shared = {"self_attn.k_proj": "self_attn.q_proj", _VALUES: "self_attn.q_proj", "mlp.up_proj": "mlp.gate_proj"}
+    hooks = []
+    for name, linear in _matrices(layer):
+
+        def add(_module: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
+            x = inputs[0].flatten(0, -2)
+            found[name] = found.get(name, 0) + (x.mT @ x).double()
+
+        if name not in shared:
+            hooks.append(linear.register_forward_pre_hook(add))
+    for x, each in zip(hidden, angles, strict=True):
+        layer(x, each, None, None, 0)
+    for hook in hooks:
+        hook.remove()
+    return {name: found[shared.get(name, name)].numpy() for name, _ in _matrices(layer)}
