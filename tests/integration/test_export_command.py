@@ -1,7 +1,12 @@
 """`fastvlm export` as a user meets it; the language half, which is written fastest, stands for every format."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import namedtuple
 from hashlib import sha256
 
@@ -53,16 +58,17 @@ def test_an_export_says_what_it_is_and_leaves_its_source_alone(tiny, tmp_path, c
     assert report["logits"]["relative"] <= 1e-4
 
 
-def test_a_licence_goes_along(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("licence", ["LICENSE", "LICENSE_MODEL"])
+def test_a_licence_goes_along(tiny, tmp_path, capsys, licence):
     shutil.copytree(tiny, tmp_path / "source")
-    (tmp_path / "source" / "LICENSE").write_text("the terms")
+    (tmp_path / "source" / licence).write_text("the terms")
 
     status, _, _ = export(capsys, tmp_path / "out", model=tmp_path / "source")
 
     assert status == 0
-    assert (tmp_path / "out" / "LICENSE").read_text() == "the terms"
+    assert (tmp_path / "out" / licence).read_text() == "the terms"
     assert "GGUF" in (tmp_path / "out" / "CHANGES.md").read_text()
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["licences"] == ["LICENSE"]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["licences"] == [licence]
 
 
 def test_what_does_not_compute_the_same_is_refused_and_nothing_is_left(tiny, tmp_path, capsys):
@@ -146,6 +152,54 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tiny, tmp_path, capsy
 
     assert status == 2
     assert "the disk has 0 MB free" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gguf-lm", "mlx", *(pytest.param(each, marks=pytest.mark.slow) for each in ("coreml", "onnx", "openvino"))],
+)
+def test_a_disk_that_fills_up_while_it_is_written_leaves_nothing(tiny, tmp_path, capsys, name):
+    resource = pytest.importorskip("resource", reason="sizes of files are limited on Unix")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))  # a write beyond it fails as on a full disk
+    try:
+        status, out, err = export(capsys, tmp_path / "out", "--quiet", model=tiny, name=name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert status == 2
+    assert out == ""
+    assert "cannot be written" in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that can be caught")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_export_that_is_interrupted_leaves_nothing(tiny, tmp_path, number, status):
+    out = tmp_path / "out"
+    command = ["export", "gguf-lm", "--model", str(tiny), "--out", str(out), "--pictures", "200"]
+    with subprocess.Popen([sys.executable, "-m", "fastvlm", *command], stderr=subprocess.PIPE, text=True) as child:
+        while not (found := list(tmp_path.glob(".out-*/*.gguf"))) and child.poll() is None:
+            time.sleep(0.05)
+        child.send_signal(number)
+        _, err = child.communicate(timeout=60)
+
+    assert found
+    assert child.returncode == status
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_the_memory_does_not_hold_is_refused(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastvlm.export.run.available_memory_bytes", lambda: 1_000_000)
+
+    status, _, err = export(capsys, tmp_path / "out", model=tiny)
+
+    assert status == 2
+    assert "use a smaller model or a larger machine" in err
+    assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram, export
 
+from fastvlm.errors import ExportError
 from fastvlm.export.coreml_interpreter import Program
 from fastvlm.export.parts import needs
 from fastvlm.options import Precision
@@ -89,8 +90,11 @@ def write_package(  # noqa: PLR0913  (a package is described by its border)
         output: Name of the output, which is float32 whatever the precision.
         precision: `fp32`, `fp16`, or `int8`: float16, weights of int8 with a scale and a zero point each channel.
         examples: Asked for unless the precision is `fp32`, to find the islands.
+
+    Raises:
+        ExportError: coremltools could not write its file of weights.
     """
-    with quiet():
+    with quiet(), _writing(path):
         (ct,) = needs("coreml", "coremltools")
         if precision == "fp32":
             _save(_converted(ct, exported, inputs, output, ct.precision.FLOAT32), path)
@@ -177,6 +181,17 @@ def _with_int8_weights(ct: Any, model: Any) -> Any:
 def _save(model: Any, path: Path) -> None:
     model.save(str(path))
     (path / _DEBUG_FILE).unlink(missing_ok=True)  # of use only beside the exported program, which is not kept
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say in our words that coremltools could not write: it raises a bare RuntimeError where the disk is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "FileWriter" not in str(error):
+            raise
+        raise ExportError(f"the weights of {path.name} cannot be written; is the disk full?") from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ and keys are those of llama.cpp's `qwen2`; the `gguf` package has the table.
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -56,6 +57,20 @@ def write(source: Source, request: Request, place: Path) -> Written:
     (gguf,) = needs("gguf", "gguf")
     kind = getattr(gguf.GGMLQuantizationType, _KINDS[request.precision])
     writer = gguf.GGUFWriter(place / _name(request.precision), "qwen2")
+    try:
+        _fill(writer, gguf, source, request, kind)
+    except OSError:
+        with suppress(OSError):  # what is left in its buffer does not fit either
+            writer.close()
+        raise
+    return Written(
+        notes=[f"The language model alone, as GGUF of the architecture qwen2, matrices in {kind.name}."],
+        inputs={_name(request.precision): "read by llama.cpp and its users; encoder and projector are not in it"},
+        versions=versions("gguf"),
+    )
+
+
+def _fill(writer: Any, gguf: Any, source: Source, request: Request, kind: Any) -> None:
     _add_settings(writer, gguf, source, request)
     _add_tokenizer(writer, gguf, source)
     for name, tensor in _tensors(source):
@@ -67,11 +82,6 @@ def write(source: Source, request: Request, place: Path) -> Written:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return Written(
-        notes=[f"The language model alone, as GGUF of the architecture qwen2, matrices in {kind.name}."],
-        inputs={_name(request.precision): "read by llama.cpp and its users; encoder and projector are not in it"},
-        versions=versions("gguf"),
-    )
 
 
 def read(source: Source, request: Request, place: Path, precision: Precision) -> Exported:

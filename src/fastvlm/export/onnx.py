@@ -8,7 +8,9 @@
 and the same with `_fp16`, `_int8`, `_q4`, `_q4f16`. Inputs and outputs are float32 or int64 in every precision.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -231,7 +233,7 @@ def trace_decoder(module: nn.Module, language: LanguageConfig, *, has_beams: boo
 def _trace(
     module: nn.Module, inputs: tuple[Any, ...], names: list[str], outputs: list[str], shapes: tuple[Any, ...]
 ) -> Graph:
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             module.eval(),
             inputs,
@@ -253,6 +255,18 @@ def _rounded_decoder(source: Source, request: Request, notes: list[str]) -> list
     notes.append("The decoder rounded to 4 bits with GPTQ on drawn pictures; head, values and last layer have 8 bits.")
     sentences = list(compensate.examples(source, request))
     return compensate.decoder(source.eager.model.language, sentences)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks off standard error: the user can do nothing about packages that it misses."""
+    log = logging.getLogger("torch.onnx")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _quantise(graph: Graph, name: str, precision: Precision, packed: Sequence[quantise.Packed] | None) -> None:
