@@ -50,7 +50,7 @@ def our_answers(folder, pictures):
 
 
 def test_mlx_vlm_answers_as_nano_does_once_it_knows_the_geometry(tmp_path):
-    pictures = draw_pictures(6)
+    pictures = draw_pictures(20)
     folder = run(ExportOptions(format="mlx", out=str(tmp_path / "nano"), precision=("fp16",), pictures=2))
     vision = checkpoint.load(folder).model.config.vision
 

@@ -61,18 +61,18 @@ def test_the_placeholder_gets_a_row_where_the_tokenizer_has_none(model):
 @torch.inference_mode()
 def test_an_encoder_that_overflows_float16_keeps_the_parts_that_do_in_float32(model):
     loud = deepcopy(model)
-    # Every value behind this convolution is 300,000 times as large.
-    loud.vision.stages[4].pos_emb.reparam_conv.weight *= 3e5
-    loud.vision.stages[4].pos_emb.reparam_conv.bias *= 3e5
+    # Every value behind this convolution is a million times as large.
+    loud.vision.stages[4].pos_emb.reparam_conv.weight *= 1e6
+    loud.vision.stages[4].pos_emb.reparam_conv.bias *= 1e6
     loud.vision.stages[4].pos_emb.reparam_conv.weight.clamp_(-6e4, 6e4)
-    pixels = torch.rand(1, 3, 64, 64)
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     expected = ImageEncoder(loud, with_projector=False)(pixels)
 
     islands = find_islands(loud, [pixels])
     found = HalfEncoder(deepcopy(loud), list(islands), with_projector=False)(pixels)
     without = HalfEncoder(deepcopy(loud), [], with_projector=False)(pixels)
 
-    assert expected.abs().max() > LARGEST_FLOAT16
+    assert max(islands.values()) > LARGEST_FLOAT16
     assert "stages.4.pos_emb" in islands
     assert "stem" not in islands
     assert not torch.isfinite(without).all()

@@ -69,7 +69,7 @@ def test_an_export_is_read_back_and_compared(tiny, precision, dtype, tmp_path):
 
     (report,) = json.loads((folder / "parity.json").read_text())["reports"]
     assert report["image_embeds"]["least_cosine"] > 0.98
-    header = (folder / "model.safetensors").open("rb").read(2_000_000)
+    header = (folder / "model.safetensors").read_bytes()[:2_000_000]
     entries = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
     dtypes = {entry["dtype"] for name, entry in entries.items() if name != "__metadata__"}
     assert dtypes == ({dtype, "U32"} if precision.startswith("int") else {dtype})

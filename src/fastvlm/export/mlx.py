@@ -18,7 +18,7 @@ from fastvlm.checkpoint.save import Entry, tensor_entries
 from fastvlm.config import VisionConfig
 from fastvlm.device import place as place_on
 from fastvlm.errors import ExportError
-from fastvlm.export.parts import Exported, Request, Source, Tolerance, Written, versions
+from fastvlm.export.parts import Exported, Request, Source, Tolerance, Written, folded_copy, versions
 from fastvlm.export.verify import draw_pictures, eager_step
 from fastvlm.image import to_pixels
 from fastvlm.model import fold
@@ -134,12 +134,12 @@ def largest_activation(source: Source, request: Request, count: int = 2) -> floa
     def watch(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         found.append(float(output.abs().max()))
 
-    vision = source.eager.model.vision
+    vision = folded_copy(source).vision  # not eager's, whose fused operators hide what is inside
     hooks = [module.register_forward_hook(watch) for module in vision.modules()]
     try:
         for picture in draw_pictures(count):
             pixels = to_pixels(picture.image, size=request.image_size, fit=source.config.vision.fit)
-            vision(source.eager.to_device(pixels))
+            vision(pixels)
     finally:
         for hook in hooks:
             hook.remove()

@@ -86,7 +86,7 @@ def write(source: Source, request: Request, place: Path) -> Written:
             continue
         model, islands = folded_copy(source), []
         if is_half:
-            islands = _islands(source, request)
+            islands = _islands(model, source, request)
             notes.append(f"Computes in float16 but for the norms and {', '.join(islands) or 'nothing else'}.")
         for name, make in _graphs(model, source, request, islands if is_half else None).items():
             traced = make()
@@ -164,12 +164,12 @@ def _suffix(precision: Precision) -> str:
     return "" if precision == "fp32" else f"_{precision}"
 
 
-def _islands(source: Source, request: Request) -> list[str]:
+def _islands(model: FastVLM, source: Source, request: Request) -> list[str]:
     """Parts of the encoder that must not compute in float16."""
     fit = source.config.vision.fit
     pictures = draw_pictures(_NUM_CALIBRATION)
     pixels = (to_pixels(picture.image, size=request.image_size, fit=fit) for picture in pictures)
-    return list(find_islands(source.eager.model, list(pixels)))
+    return list(find_islands(model, list(pixels)))
 
 
 def _graphs(
