@@ -10,6 +10,11 @@ from fastvlm.export.parts import ImageEncoder
 from fastvlm.model import fold
 
 
+@pytest.fixture(autouse=True)
+def same_tensors():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def model(goldens):
     return fold.for_inference(load(goldens / "apple_tiny", dtype=torch.float32).model)
@@ -32,7 +37,7 @@ def test_a_decoder_with_its_cache_outside_computes_what_the_language_model_compu
     last, _ = decoder(embeds[:, 8:], mask, positions[:, 8:], past)
 
     expected = language.head(language(embeds))
-    assert_close(torch.cat([first, last], 1), expected[:, 4:], rtol=1e-5, atol=1e-5)
+    assert_close(torch.cat([first, last], 1), expected[:, 4:], rtol=0, atol=1e-4)
 
 
 @torch.inference_mode()
@@ -45,8 +50,8 @@ def test_a_row_padded_on_the_left_is_the_row_alone(model):
 
     logits, _ = Decoder(language)(embeds, mask, positions, empty(language.config, 2))
 
-    assert_close(logits[0], language.head(language(long))[0], rtol=1e-5, atol=1e-5)
-    assert_close(logits[1, 2:], language.head(language(short))[0], rtol=1e-5, atol=1e-5)
+    assert_close(logits[0], language.head(language(long))[0], rtol=0, atol=1e-4)
+    assert_close(logits[1, 2:], language.head(language(short))[0], rtol=0, atol=1e-4)
 
 
 def test_the_placeholder_gets_a_row_where_the_tokenizer_has_none(model):
@@ -61,10 +66,11 @@ def test_the_placeholder_gets_a_row_where_the_tokenizer_has_none(model):
 @torch.inference_mode()
 def test_an_encoder_that_overflows_float16_keeps_the_parts_that_do_in_float32(model):
     loud = deepcopy(model)
-    # Every value behind this convolution is a million times as large.
-    loud.vision.stages[4].pos_emb.reparam_conv.weight *= 1e6
-    loud.vision.stages[4].pos_emb.reparam_conv.bias *= 1e6
+    # Every value behind this convolution is ten million times as large.
+    loud.vision.stages[4].pos_emb.reparam_conv.weight *= 1e7
+    loud.vision.stages[4].pos_emb.reparam_conv.bias *= 1e7
     loud.vision.stages[4].pos_emb.reparam_conv.weight.clamp_(-6e4, 6e4)
+    loud.vision.stages[4].pos_emb.reparam_conv.bias.clamp_(-6e4, 6e4)
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     expected = ImageEncoder(loud, with_projector=False)(pixels)
 
