@@ -99,31 +99,30 @@ def compensated(weight: Array, correlation: NDArray[np.float64]) -> Packed:
     """Round a matrix `(N, K)` to 4 bits, given the sum `(K, K)` of the products of its inputs with one another."""
     num_rows, width = weight.shape
     padded = -(-width // BLOCK) * BLOCK
-    values = np.zeros((num_rows, padded), np.float32)
-    values[:, :width] = weight
-    sums = np.zeros((padded, padded))
-    sums[:width, :width] = correlation
-    numbers = np.zeros((num_rows, padded), np.uint8)
-    scales = np.zeros((num_rows, padded // BLOCK), np.float32)
-    zeros = np.zeros((num_rows, padded // BLOCK), np.uint8)
+    values = np.zeros((padded, num_rows), np.float32)  # on its side: a column lies together
+    values[:width] = weight.T
+    numbers = np.zeros((padded, num_rows), np.uint8)
+    scales = np.zeros((padded // BLOCK, num_rows), np.float32)
+    zeros = np.zeros((padded // BLOCK, num_rows), np.uint8)
     for start in range(0, padded, _WIDEST):
         end = min(start + _WIDEST, padded)
-        factor = _factor(sums[start:end, start:end])
+        sums = np.zeros((end - start, end - start))
+        sums[: width - start, : width - start] = correlation[start:end, start:end]
+        factor = _factor(sums)
         for first in range(start, end, BLOCK):
             last, at = first + BLOCK, first - start
-            block, inside = values[:, first:last], factor[at : at + BLOCK, at : at + BLOCK]
-            scale, zero = choose(block[:, None], _TOP)
-            scale, zero = scale[:, 0], zero[:, 0]  # (N, 1)
+            block, inside = values[first:last], factor[at : at + BLOCK, at : at + BLOCK]
+            scale, zero = (each[:, 0, 0] for each in choose(np.ascontiguousarray(block.T)[:, None], _TOP))  # (N,)
             errors = np.empty_like(block)
-            for column in range(BLOCK):
-                value = block[:, column : column + 1]
+            for column, value in enumerate(block):
                 number = rounded(value, scale, zero, _TOP)
-                numbers[:, first + column] = number[:, 0]
-                errors[:, column : column + 1] = (value - (number - zero) * scale) / inside[column, column]
-                block[:, column + 1 :] -= errors[:, column : column + 1] * inside[column, column + 1 :]
-            values[:, last:end] -= errors @ factor[at : at + BLOCK, at + BLOCK :]
-            scales[:, first // BLOCK], zeros[:, first // BLOCK] = scale[:, 0], zero[:, 0]
-    return Packed(4, nibbles(numbers.reshape(num_rows, -1, BLOCK)), scales, nibbles(zeros))
+                numbers[first + column] = number
+                errors[column] = (value - (number - zero) * scale) / inside[column, column]
+                block[column + 1 :] -= inside[column, column + 1 :, None] * errors[column]
+            values[last:end] -= factor[at : at + BLOCK, at + BLOCK :].T @ errors
+            scales[first // BLOCK], zeros[first // BLOCK] = scale, zero
+    blocks = np.ascontiguousarray(numbers.T).reshape(num_rows, -1, BLOCK)
+    return Packed(4, nibbles(blocks), np.ascontiguousarray(scales.T), nibbles(np.ascontiguousarray(zeros.T)))
 
 
 def _factor(sums: NDArray[np.float64]) -> Array:
