@@ -301,9 +301,10 @@ def test_only_the_language_model_is_quantised_and_the_table_has_8_bits(folder):
     packed = {name for name, entry in entries.items() if entry.dtype == "U32"}
 
     assert all(name.startswith("model.language_model.") for name in packed)
-    table = "model.language_model.embed_tokens"
+    table, layer = "model.language_model.embed_tokens", "model.language_model.layers.0.self_attn"
     assert f"{table}.weight" in packed
     if settings["bits"] == 4:
+        assert settings[table] == settings[f"{layer}.v_proj"] == settings[f"{layer}.o_proj"]
         assert settings[table] == {"bits": 8, "group_size": ROW}
         assert settings["group_size"] == 32
 

@@ -94,7 +94,7 @@ class QuantizeOptions:
     out: str
     """The folder to write."""
     bits: Literal[8, 4] = 8
-    """Of each weight; the embedding table and the head always have 8."""
+    """Of each weight; the embedding table, the head, and attention's values and outputs always have 8."""
     group_size: Literal[32, 64, 128] | None = None
     """Inputs that share a scale; by default a whole row for 8 bits and 32 for 4."""
     rounding: Literal["nearest", "gptq"] | None = None

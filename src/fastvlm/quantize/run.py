@@ -26,6 +26,7 @@ from fastvlm.synth.studio import Studio
 
 Say = Callable[[str], None]
 TABLE, HEAD = "language.embed_tokens", "language.lm_head"
+_SENSITIVE: Final = ("v_proj", "o_proj")
 REPORT: Final = "quantization.json"
 SEED: Final = 5_000_000  # of the pictures of calibration: training's kind, not those that are evaluated
 _CHECKED: Final = 8  # more pictures, on which logits are compared
@@ -73,8 +74,8 @@ def quantize(options: QuantizeOptions, say: Say = lambda line: None) -> Path:
 def choose_packings(model: FastVLM, *, bits: int, group_size: int | None) -> dict[str, Packing]:
     """How each matrix of the language model is kept, by the layer's name.
 
-    The embedding table and the head take 8 bits, as few bits cost most there; so does a matrix whose width is no
-    multiple of the group.
+    The embedding table and the head take 8 bits, and so do the values and outputs of attention: few bits cost most
+    there (docs/quantize.md); so does a matrix whose width is no multiple of the group.
 
     Raises:
         InputError: No matrix has a width that can be packed.
@@ -82,7 +83,8 @@ def choose_packings(model: FastVLM, *, bits: int, group_size: int | None) -> dic
     size = group_size or (ROW if bits == 8 else 32)
     packings: dict[str, Packing] = {}
     for name, width in _matrices(model).items():
-        wanted = Packing(8, ROW) if name in (TABLE, HEAD) else Packing(bits, size)
+        is_sensitive = name in (TABLE, HEAD) or (bits == 4 and name.endswith(_SENSITIVE))
+        wanted = Packing(8, ROW) if is_sensitive else Packing(bits, size)
         found = next((packing for packing in (wanted, Packing(8, ROW)) if packing.fits(width)), None)
         if found is not None:
             packings[name] = found
