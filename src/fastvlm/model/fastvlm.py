@@ -48,7 +48,17 @@ class FastVLM(nn.Module):
         features: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """Return all logits `(B, T, V)` for token ids `(B, T)` and pictures: what training needs.
+        """Return all logits `(B, T, V)` for token ids `(B, T)` and pictures; the arguments are those of `read`."""
+        return self.language.head(self.read(token_ids, pixels, features, segments))
+
+    def read(
+        self,
+        token_ids: Tensor,
+        pixels: Tensor | None = None,
+        features: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """Return hidden states `(B, T, D)` for token ids `(B, T)` and pictures: what training needs.
 
         The pictures come as pixels `(P, 3, H, W)`, or as features `(P, N, C)` that a frozen encoder made of them. The
         caller has seen to it that there is a placeholder for each image embedding. `segments` `(B, T)` says which of
@@ -59,7 +69,7 @@ class FastVLM(nn.Module):
             features = self.vision(pixels)
         if features is not None:
             embeds = scatter(embeds, self.projector(features), is_image)
-        return self.language.head(self.language(embeds, segments=segments))
+        return self.language(embeds, segments=segments)
 
     def _embed_text(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         is_image = token_ids == self.config.image_token_id

@@ -29,7 +29,7 @@ from fastvlm.model.vision import (
 )
 
 Kernel = tuple[Tensor, Tensor]
-"""Weight `(out, in / groups, k, k)` and bias `(out,)`, both float64."""
+"""Weight `(out, in / groups, k, k)` and bias `(out,)`, of one format: float64 where the result is kept."""
 
 
 def reparameterise(model: FastVLM) -> FastVLM:
@@ -53,7 +53,7 @@ def reparameterise_vision(vision: FastViTHD) -> FastViTHD:
             _merge_position(module)
     for module in list(vision.modules()):
         if isinstance(module, MobileOne) and module.reparam_conv is None:
-            kernel = _mobile_one_kernel(module)
+            kernel = mobile_one_kernel(module)
             module.reparam_conv = _conv(kernel, stride=module.stride, groups=module.groups, like=vision)
             module.conv_kxk = module.conv_scale = module.identity = None
     vision.config = replace(vision.config, is_reparameterised=True)
@@ -77,27 +77,28 @@ def for_inference(model: FastVLM) -> FastVLM:
             module.layer_scale_2 = nn.Identity()
         elif isinstance(module, ConvFFN) and isinstance(module.conv, ConvNorm):
             conv = module.conv.conv
-            module.conv = _conv(_conv_norm_kernel(module.conv), stride=1, groups=conv.groups, like=vision)
+            module.conv = _conv(conv_norm_kernel(module.conv), stride=1, groups=conv.groups, like=vision)
     vision.is_folded = True
     return model.eval().requires_grad_(False)
 
 
-def _norm_kernel(weight: Tensor, norm: nn.BatchNorm2d) -> Kernel:
+def _norm_kernel(weight: Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Kernel:
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)  # (out,)
-    bias = norm.bias.double() - norm.running_mean.double() * scale
-    return weight.double() * scale[:, None, None, None], bias
+    scale = norm.weight.to(dtype) / torch.sqrt(norm.running_var.to(dtype) + norm.eps)  # (out,)
+    bias = norm.bias.to(dtype) - norm.running_mean.to(dtype) * scale
+    return weight.to(dtype) * scale[:, None, None, None], bias
 
 
-def _conv_norm_kernel(branch: ConvNorm) -> Kernel:
-    return _norm_kernel(branch.conv.weight, branch.bn)
+def conv_norm_kernel(branch: ConvNorm, dtype: torch.dtype = torch.float64) -> Kernel:
+    """Put a convolution and its BatchNorm into one kernel; like the kernels below, it passes gradients."""
+    return _norm_kernel(branch.conv.weight, branch.bn, dtype)
 
 
-def _identity_kernel(dim: int, groups: int, kernel: int, like: Tensor) -> Tensor:
+def _identity_kernel(dim: int, groups: int, kernel: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """The convolution that changes nothing, `(dim, dim / groups, k, k)`."""
     width = dim // groups
-    weight = torch.zeros(dim, width, kernel, kernel, dtype=torch.float64, device=like.device)
+    weight = torch.zeros(dim, width, kernel, kernel, dtype=dtype, device=like.device)
     channels = torch.arange(dim, device=like.device)
     weight[channels, channels % width, kernel // 2, kernel // 2] = 1
     return weight
@@ -105,51 +106,68 @@ def _identity_kernel(dim: int, groups: int, kernel: int, like: Tensor) -> Tensor
 
 def _pad_to(weight: Tensor, kernel: int) -> Tensor:
     margin = (kernel - weight.shape[-1]) // 2
-    return F.pad(weight, [margin] * 4)
+    return F.pad(weight, [margin] * 4) if margin else weight
 
 
-def _mobile_one_kernel(block: MobileOne) -> Kernel:
-    kernels = [_conv_norm_kernel(branch) for branch in block.conv_kxk or () if isinstance(branch, ConvNorm)]
+def mobile_one_kernel(block: MobileOne, dtype: torch.dtype = torch.float64) -> Kernel:
+    """Sum the branches of a block."""
+    kernels = [conv_norm_kernel(branch, dtype) for branch in block.conv_kxk or () if isinstance(branch, ConvNorm)]
     if block.conv_scale is not None:
-        kernels.append(_conv_norm_kernel(block.conv_scale))
+        kernels.append(conv_norm_kernel(block.conv_scale, dtype))
     if block.identity is not None:
-        unit = _identity_kernel(block.in_dim, block.groups, block.kernel, block.identity.weight)
-        kernels.append(_norm_kernel(unit, block.identity))
-    weights = [_pad_to(weight, block.kernel) for weight, _ in kernels]
-    return torch.stack(weights).sum(0), torch.stack([bias for _, bias in kernels]).sum(0)
+        unit = _identity_kernel(block.in_dim, block.groups, block.kernel, block.identity.weight, dtype)
+        kernels.append(_norm_kernel(unit, block.identity, dtype))
+    # One after the other: the gradients of a stack's sum would share their memory.
+    weights, biases = [_pad_to(weight, block.kernel) for weight, _ in kernels], [bias for _, bias in kernels]
+    return sum(weights[1:], weights[0]), sum(biases[1:], biases[0])
 
 
-def _merge_mixer(mixer: RepMixer) -> None:
-    # The block computes x plus the scaled difference of mixer and norm.
+def mixer_kernel(mixer: RepMixer, dtype: torch.dtype = torch.float64) -> Kernel:
+    """Put x plus the scaled difference of mixer and norm into one kernel."""
     assert mixer.mixer is not None
     assert mixer.norm is not None
     assert mixer.layer_scale is not None
-    weight, bias = _mobile_one_kernel(mixer.mixer)
-    norm_weight, norm_bias = _mobile_one_kernel(mixer.norm)
-    scale = mixer.layer_scale.gamma.double()  # (C, 1, 1)
-    unit = _identity_kernel(len(scale), len(scale), 3, scale)
-    kernel = unit + scale[..., None] * (weight - norm_weight), scale.flatten() * (bias - norm_bias)
-    mixer.reparam_conv = _conv(kernel, stride=1, groups=len(scale), like=mixer)
+    weight, bias = mobile_one_kernel(mixer.mixer, dtype)
+    norm_weight, norm_bias = mobile_one_kernel(mixer.norm, dtype)
+    scale = mixer.layer_scale.gamma.to(dtype)  # (C, 1, 1)
+    unit = _identity_kernel(len(scale), len(scale), 3, scale, dtype)
+    return unit + scale[..., None] * (weight - norm_weight), scale.flatten() * (bias - norm_bias)
+
+
+def large_kernel(block: LargeKernel, dtype: torch.dtype = torch.float64) -> Kernel:
+    """Sum the large convolution and the small one."""
+    assert block.large_conv is not None
+    assert block.small_conv is not None
+    weight, bias = conv_norm_kernel(block.large_conv, dtype)
+    small_weight, small_bias = conv_norm_kernel(block.small_conv, dtype)
+    return weight + _pad_to(small_weight, weight.shape[-1]), bias + small_bias
+
+
+def position_kernel(block: PositionalEncoding, dtype: torch.dtype = torch.float64) -> Kernel:
+    """Put the skip of a positional encoding into its convolution."""
+    conv = block.pos_enc
+    assert conv is not None
+    assert conv.bias is not None
+    dim = conv.out_channels
+    return conv.weight.to(dtype) + _identity_kernel(dim, dim, 7, conv.weight, dtype), conv.bias.to(dtype)
+
+
+def _merge_mixer(mixer: RepMixer) -> None:
+    kernel = mixer_kernel(mixer)
+    mixer.reparam_conv = _conv(kernel, stride=1, groups=len(kernel[1]), like=mixer)
     mixer.mixer = mixer.norm = mixer.layer_scale = None
 
 
 def _merge_large_kernel(block: LargeKernel) -> None:
     assert block.large_conv is not None
-    assert block.small_conv is not None
-    weight, bias = _conv_norm_kernel(block.large_conv)
-    small_weight, small_bias = _conv_norm_kernel(block.small_conv)
-    kernel = weight + _pad_to(small_weight, weight.shape[-1]), bias + small_bias
-    block.reparam_conv = _conv(kernel, stride=2, groups=block.large_conv.conv.groups, like=block)
+    groups = block.large_conv.conv.groups
+    block.reparam_conv = _conv(large_kernel(block), stride=2, groups=groups, like=block)
     block.large_conv = block.small_conv = None
 
 
 def _merge_position(block: PositionalEncoding) -> None:
-    conv = block.pos_enc
-    assert conv is not None
-    assert conv.bias is not None
-    dim = conv.out_channels
-    kernel = conv.weight.double() + _identity_kernel(dim, dim, 7, conv.weight), conv.bias.double()
-    block.reparam_conv = _conv(kernel, stride=1, groups=dim, like=block)
+    kernel = position_kernel(block)
+    block.reparam_conv = _conv(kernel, stride=1, groups=len(kernel[1]), like=block)
     block.pos_enc = None
 
 

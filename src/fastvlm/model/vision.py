@@ -167,11 +167,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(P, N, C)` to the same."""
+        return self.proj(self.mix(x))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Attend, `(P, N, C)` to the heads' results side by side, `(P, N, C)`."""
         num_images, num_positions, dim = x.shape
         qkv = self.qkv(x).view(num_images, num_positions, 3, dim // self.head_dim, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (P, heads, N, head_dim)
         x = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(x.transpose(1, 2).reshape(num_images, num_positions, dim))
+        return x.transpose(1, 2).reshape(num_images, num_positions, dim)
 
 
 class LayerNorm(nn.Module):

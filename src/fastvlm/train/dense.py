@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvlm.model.fastvlm import FastVLM
-from fastvlm.train.loop import Losses, Objective, row_losses
+from fastvlm.train.loop import Losses, Objective, learned_losses
 from fastvlm.train.marks import FINE, NONE
 
 CELL = 8
@@ -90,8 +90,9 @@ class DenseObjective(Objective):
         if "marks" not in tensors:
             return super().forward(tensors)
         maps = self._maps(tensors["pixels"])
-        logits = self.model(tensors["token_ids"], features=maps[-1].flatten(2).transpose(1, 2))
-        return Losses(*row_losses(logits, tensors["labels"]), extra=self.weight * self._loss(maps, tensors))
+        hidden = self.model.read(tensors["token_ids"], features=maps[-1].flatten(2).transpose(1, 2))
+        sums, counts = learned_losses(self.model, hidden, tensors["labels"])
+        return Losses(sums, counts, extra=self.weight * self._loss(maps, tensors))
 
     def _maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encode pixels `(P, 3, H, W)`, as the encoder does, and keep the map of the middle stage."""

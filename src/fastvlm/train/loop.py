@@ -22,6 +22,7 @@ from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.vision import FastViTHD
 from fastvlm.prompt import IGNORE
 from fastvlm.train.data import Batch
+from fastvlm.train.folded import can_fold, encode_folded
 from fastvlm.train.learning import set_train_mode, statistics
 from fastvlm.train.optimizer import set_rates
 from fastvlm.train.parallel import Group
@@ -38,6 +39,22 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
     )
     return losses.view(targets.shape).sum(1), (targets != IGNORE).sum(1)
+
+
+def learned_losses(model: FastVLM, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Compare what hidden states `(B, T, D)` predict with the labels `(B, T)` of the next position.
+
+    Only what is learned gets logits: of a prompt and its pictures there would be many more, each as long as the
+    vocabulary. The results are those of `row_losses`.
+    """
+    if torch.compiler.is_compiling():  # whose graphs have one size
+        return row_losses(model.language.head(hidden), labels)
+    targets = labels[:, 1:]
+    is_learned = targets != IGNORE
+    logits = model.language.head(hidden[:, :-1][is_learned])  # (learned, V)
+    losses = F.cross_entropy(logits.float(), targets[is_learned], reduction="none")
+    row = is_learned.nonzero()[:, 0]
+    return losses.new_zeros(len(labels)).index_add(0, row, losses), is_learned.sum(1)
 
 
 class Losses(NamedTuple):
@@ -58,16 +75,26 @@ class Objective(nn.Module):
     gets every tensor of a batch by its field's name.
     """
 
-    def __init__(self, model: FastVLM, encoder: FastViTHD | None = None, *, sees_always: bool = False) -> None:
+    def __init__(
+        self,
+        model: FastVLM,
+        encoder: FastViTHD | None = None,
+        *,
+        sees_always: bool = False,
+        recomputes: bool = False,
+    ) -> None:
         """Wrap a model.
 
         Args:
             model: What learns.
             encoder: A folded copy of a vision encoder that does not learn, which is faster than the original.
             sees_always: Show a blank picture where a batch has none, so that every process uses the same parameters.
+            recomputes: Keep only the inputs of the encoder's blocks where its passes are folded.
         """
         super().__init__()
         self.model, self.sees_always = model, sees_always
+        self.recomputes = recomputes
+        self.is_folded = False  # set with the training mode, where folding is exact
         self._encoder = (encoder,)  # in a tuple, so that it is no part of what is trained, wrapped and saved
 
     @property
@@ -86,9 +113,11 @@ class Objective(nn.Module):
             pixels = pixels.new_zeros(1, *pixels.shape[1:])
         if features is None and self.encoder is not None and len(pixels):
             features = self.encode(pixels)
+        if features is None and len(pixels) and self.is_folded:
+            features = encode_folded(self.model.vision, pixels, recomputes=self.recomputes)
         shown = pixels if features is None and len(pixels) else None
-        logits = self.model(tensors["token_ids"], shown, features=features, segments=tensors.get("segments"))
-        return Losses(*row_losses(logits, tensors["labels"]))
+        hidden = self.model.read(tensors["token_ids"], shown, features=features, segments=tensors.get("segments"))
+        return Losses(*learned_losses(self.model, hidden, tensors["labels"]))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Make features `(P, N, C)` of pixels `(P, 3, H, W)` with the encoder that does not learn."""
@@ -231,6 +260,7 @@ class Trainer:
         """Put what learns into training mode; what does not stays in evaluation mode."""
         self.objective.train()
         set_train_mode(self.model, learns_vision=self.learns_vision, learns_statistics=self.learns_statistics)
+        self.objective.is_folded = self.learns_vision and can_fold(self.model.vision)
 
     def train_step(self, pieces: Sequence[Batch], factor: float) -> StepResult:
         """Learn from a step's pieces at `factor` times the highest learning rates.

@@ -219,7 +219,9 @@ class _Run:
         self.encoder = None if self.learns_vision else folded_encoder(model, self.placement)
         if options.feature_cache is not None:
             _add_feature_cache(options, self.dataset, self.encoder, self.placement)
-        objective = Objective(model, self.encoder, sees_always=group.world > 1)
+        objective = Objective(
+            model, self.encoder, sees_always=group.world > 1, recomputes=options.checkpoint_activations
+        )
         if options.dense:
             torch.manual_seed(options.seed)  # of the heads, which every process begins alike
             objective = DenseObjective(model, len(labels()), options.dense)

@@ -57,7 +57,8 @@ def time_steps(folder: Path, batch: Path, how: argparse.Namespace) -> dict[str, 
         num_samples=len(tensors["token_ids"]),
     )
     optimizer = build_optimizer(model, lr=1e-5, weight_decay=0.0, betas=(0.9, 0.999))
-    trainer = Trainer(Objective(model), optimizer, placement, learns_vision=is_full, learns_statistics=False)
+    objective = Objective(model, recomputes=how.checkpoint_activations)
+    trainer = Trainer(objective, optimizer, placement, learns_vision=is_full, learns_statistics=False)
     trainer.set_train_mode()
     seconds, processor_seconds, losses = [], [], []
     with flush_denormals():
