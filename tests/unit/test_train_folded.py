@@ -71,6 +71,24 @@ def test_features_and_gradients_are_those_of_the_encoder(model, recomputes):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.vision.state_dict().items())
 
 
+def test_half_precision_is_as_near_as_the_encoder_in_half_precision(model):
+    pixels = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    wanted = model.vision(pixels)
+    truth = gradients(model, wanted)
+
+    errors = []
+    for encode in (model.vision, lambda pixels: encode_folded(model.vision, pixels)):
+        with torch.autocast("cpu", torch.bfloat16):
+            features = encode(pixels)
+        found = gradients(model, features.float())
+        assert all(gradient.dtype == torch.float32 for gradient in found.values())
+        total = sum((found[name] - truth[name]).square().sum() for name in truth).sqrt()
+        errors.append(float(total / sum(gradient.square().sum() for gradient in truth.values()).sqrt()))
+
+    assert errors[1] < 1.2 * errors[0], errors
+
+
 def test_gradients_of_several_passes_add_up(model):
     """No two weights' gradients may share their memory, which is added to in place."""
     pixels = torch.rand(1, 3, 128, 128).contiguous(memory_format=torch.channels_last)

@@ -7,7 +7,7 @@ same features and gradients, for a fraction of the arithmetic and of the activat
 Letters: `P` images, `H, W` pixels, `h, w` feature grid, `N = h * w`, `C` channels.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,6 @@ from fastvlm.model.vision import (
     RepMixer,
     RepMixerBlock,
 )
-
-Block = Callable[[Tensor], Tensor]
 
 
 def encode_folded(vision: FastViTHD, pixels: Tensor, *, recomputes: bool = False) -> Tensor:
@@ -65,6 +63,42 @@ def can_fold(vision: FastViTHD) -> bool:
     return not any(norm.training for norm in norms) and not any(hasattr(m, "lora_A") for m in vision.modules())
 
 
+class _Depthwise(torch.autograd.Function):
+    """A depthwise convolution in half precision whose kernel's gradient is summed in float32.
+
+    oneDNN takes three to five times as long for that sum in bfloat16, and it is the longest part of such a step.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0913  (as a convolution is called)
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, groups: int
+    ) -> Tensor:
+        """`(P, C, h, w)` to `(P, C', h', w')`."""
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.groups = stride, groups
+        half = weight.to(x.dtype)
+        return F.conv2d(x, half, bias.to(x.dtype), stride, weight.shape[-1] // 2, groups=groups)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Pass the gradients of the map, the kernel and the bias."""
+        x, weight = ctx.saved_tensors
+        (gradient,) = gradients
+        along = torch.channels_last
+        margin = weight.shape[-1] // 2
+
+        def part(gradient: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> Any:
+            steps, margins = [ctx.stride] * 2, [margin] * 2
+            given = gradient.contiguous(memory_format=along), x.contiguous(memory_format=along), weight
+            return torch.ops.aten.convolution_backward(
+                *given, [len(weight)], steps, margins, [1, 1], False, [0, 0], ctx.groups, wanted
+            )
+
+        dx = part(gradient, x, weight.to(x.dtype), [True, False, False])[0] if ctx.needs_input_grad[0] else None
+        _, dweight, dbias = part(gradient.float(), x.float(), weight.float(), [False, True, True])
+        return dx, dweight, dbias, None, None
+
+
 def _format(module: nn.Module) -> torch.dtype:
     """What a kernel is computed in: as its weights are."""
     return next(module.parameters()).dtype
@@ -72,6 +106,9 @@ def _format(module: nn.Module) -> torch.dtype:
 
 def _convolve(x: Tensor, kernel: fold.Kernel, *, stride: int = 1, groups: int = 1) -> Tensor:
     weight, bias = kernel
+    device = x.device.type
+    if groups > 1 and device == "cpu" and torch.is_autocast_enabled(device):
+        return _Depthwise.apply(x.to(torch.get_autocast_dtype(device)), weight, bias, stride, groups)  # type: ignore[no-untyped-call]
     return F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, groups=groups)
 
 
