@@ -22,13 +22,15 @@ async function answer(inputs) {
 }
 
 const answers = [];
-for (const { pixels, image, prompt } of request.questions) {
+for (const { pixels, image, prompt, question } of request.questions) {
   const ours = new Float32Array(new Uint8Array(fs.readFileSync(pixels)).buffer);
   const own = await processor(await RawImage.read(image), prompt);
   const side = own.pixel_values.dims.at(-1);
   const differences = own.pixel_values.data.map((value, index) => Math.abs(value - ours[index]));
   const given = { ...own, pixel_values: new Tensor('float32', ours, [1, 3, side, side]) };
+  const turn = { role: 'user', content: `<image>\n${question}` };
   answers.push({
+    prompt: processor.apply_chat_template([turn], { add_generation_prompt: true }),
     input_ids: Array.from(own.input_ids.data, Number),
     largest: differences.reduce((a, b) => Math.max(a, b), 0),
     mean: differences.reduce((a, b) => a + b, 0) / differences.length,

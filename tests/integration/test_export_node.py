@@ -55,11 +55,14 @@ def exported(tmp_path_factory):
 
 def ask_node(packages, folder, scratch, questions):
     rows = []
-    for index, (image, pixels, prompt) in enumerate(questions):
+    for index, (image, pixels, question) in enumerate(questions):
         paths = {"image": scratch / f"{index}.png", "pixels": scratch / f"{index}.bin"}
         image.save(paths["image"])
         paths["pixels"].write_bytes(pixels.numpy().tobytes())
-        rows.append({"prompt": prompt} | {name: str(path) for name, path in paths.items()})
+        rows.append(
+            {"question": question, "prompt": render([user(question, 1)])}
+            | {name: str(path) for name, path in paths.items()}
+        )
     request = {"packages": str(packages), "folder": str(folder), "dtype": "fp32", "max_new_tokens": TOKENS}
     (scratch / "request.json").write_text(json.dumps(request | {"questions": rows}))
     result = subprocess.run(
@@ -75,14 +78,15 @@ def test_transformers_js_gives_our_answers_to_pictures_of_the_exports_size(packa
     pictures = draw_pictures(COUNT)
     squares = [Image.fromarray(resize(picture.image, size=side, fit=fit)) for picture in pictures]
     pixels = [to_pixels(square, size=side, fit=fit) for square in squares]
-    prompts = [render([user(picture.question, 1)]) for picture in pictures]
+    questions = [picture.question for picture in pictures]
 
-    answers = ask_node(packages, exported, tmp_path, zip(squares, pixels, prompts, strict=True))
+    answers = ask_node(packages, exported, tmp_path, zip(squares, pixels, questions, strict=True))
 
     for picture, square, answer in zip(pictures, squares, answers, strict=True):
         ours = predictor.ask(picture.question, [square], options=GenerationOptions(max_new_tokens=TOKENS)).text
         num_tokens = predictor.config.vision.num_image_tokens
         assert answer["input_ids"] == tokenize([user(picture.question, 1)], predictor.tokenizer, num_tokens).token_ids
+        assert answer["prompt"] == render([user(picture.question, 1)])
         assert answer["largest"] < 1e-6
         assert answer["text_of_our_pixels"] == ours
         assert answer["text_of_own_pixels"] == ours
@@ -94,7 +98,7 @@ def test_transformers_js_keeps_the_whole_of_a_wide_picture(packages, exported, t
     wide = Image.linear_gradient("L").resize((2 * side, side)).convert("RGB")
     pixels = to_pixels(wide, size=side, fit="pad")
 
-    (answer,) = ask_node(packages, exported, tmp_path, [(wide, pixels, render([user("What is this?", 1)]))])
+    (answer,) = ask_node(packages, exported, tmp_path, [(wide, pixels, "What is this?")])
 
     # A centre crop would differ by white bars where ours are black: 0.25 and more in the mean.
     assert answer["mean"] < 0.01

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastvlm.checkpoint import huggingface
 from fastvlm.checkpoint.convert import apple_config
+from fastvlm.checkpoint.reading import read_json
 from fastvlm.checkpoint.save import MAX_LENGTH, write_generation_config, write_json
 from fastvlm.config import Config, LanguageConfig
 from fastvlm.errors import ExportError
@@ -295,7 +296,10 @@ def _write_settings(place: Path, config: Config, tokenizer: Tokenizer, external:
     """Write what transformers.js reads beside the graphs."""
     language = config.language
     tokenizer.write(place, max_length=min(MAX_LENGTH, language.max_positions))
+    # transformers reads the template from a file of its own, transformers.js from the tokenizer's settings.
     (place / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
+    settings = place / "tokenizer_config.json"
+    write_json(settings, read_json(settings) | {"chat_template": chat_template()})
     write_generation_config(place, tokenizer, language.vocab_size)
     write_json(place / "processor_config.json", huggingface.processor_config(config))
     write_json(place / "preprocessor_config.json", preprocessor_config(config))
