@@ -1,7 +1,7 @@
-"""Write the tables of docs/benchmarks.md from the JSON files in benchmarks/results: `python benchmarks/tables.py`.
+"""Write the tables of the documents from the JSON files in benchmarks/results: `python benchmarks/tables.py`.
 
 A table stands between `<!-- KIND: from benchmarks/results; make numbers -->` and `<!-- /KIND -->`; each file whose name
-begins with the kind gives one. A test says that the document is what this makes of it.
+begins with the kind gives one. Three documents have the scores of nano. A test says that all are what this makes.
 """
 
 import json
@@ -14,14 +14,60 @@ ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 RESULTS = Path(__file__).parent / "results"
 Results = dict[str, Any]
+ENGLISH = {
+    "head": ("task", "metric", "score", "95 % interval", "aim"),
+    "counting": ("counting", "exact"),
+    "emoji": ("emoji", "exact"),
+    "reading": ("reading", "character error"),
+    "description": ("description", "facts named"),
+    "yes_no": ("yes/no", "exact"),
+    "colour": ("colour", "exact"),
+    "place": ("place", "exact"),
+}
+CHINESE = {
+    "head": ("任务", "指标", "分数", "95 % 区间", "目标"),
+    "counting": ("计数", "完全正确"),
+    "emoji": ("表情", "完全正确"),
+    "reading": ("手写", "字符错误率（越低越好）"),  # noqa: RUF001
+    "description": ("描述", "说对的事实"),
+    "yes_no": ("是非", "完全正确"),
+    "colour": ("颜色", "完全正确"),
+    "place": ("位置", "完全正确"),
+}
+SCORED = {
+    ROOT / "README.md": ENGLISH,
+    ROOT / "README.zh-CN.md": CHINESE,
+    ROOT / "src" / "fastvlm" / "assets" / "nano" / "README.md": ENGLISH,
+}
 
 
 def main() -> None:
-    """Rewrite the document where that changes it."""
-    old = DOCUMENT.read_text(encoding="utf-8")
-    if (new := rewrite(old, RESULTS)) != old:
-        DOCUMENT.write_text(new, encoding="utf-8")
-    print(f"{DOCUMENT.relative_to(ROOT)} says what {RESULTS.relative_to(ROOT)} says")
+    """Rewrite the documents where that changes them."""
+    for path, text in documents(RESULTS).items():
+        if text != path.read_text(encoding="utf-8"):
+            path.write_text(text, encoding="utf-8")
+        print(f"{path.relative_to(ROOT)} says what {RESULTS.relative_to(ROOT)} says")
+
+
+def documents(folder: Path) -> dict[Path, str]:
+    """Each document as the results in a folder have it."""
+    made = {DOCUMENT: rewrite(DOCUMENT.read_text(encoding="utf-8"), folder)}
+    results = json.loads((folder / "nano.json").read_text(encoding="utf-8"))
+    begin, end = "<!-- nano: from benchmarks/results; make numbers -->", "<!-- /nano -->"
+    for path, words in SCORED.items():
+        before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+        after = rest.partition(end)[2]
+        made[path] = f"{before}{begin}\n\n{_scores(results, words)}\n\n{end}{after}"
+    return made
+
+
+def _scores(results: Results, words: dict[str, tuple[str, ...]]) -> str:
+    rows = []
+    for task in results["tasks"]:
+        low, high = (100 * value for value in task["interval"])
+        aim = f"{'<=' if task['is_error'] else '>='} {100 * task['target']:.0f} %" if task["target"] else ""
+        rows.append((*words[task["task"]], f"{100 * task['score']:.1f} %", f"{low:.1f} - {high:.1f}", aim))
+    return _rows(words["head"], rows)
 
 
 def rewrite(text: str, folder: Path) -> str:
