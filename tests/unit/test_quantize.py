@@ -105,6 +105,29 @@ def test_what_is_not_a_matrix_of_the_language_model_is_left_as_it_was(folder, ti
         assert torch.equal(after[name], before[name]), name
 
 
+def test_the_folder_says_how_it_was_made_and_what_it_cost(folder):
+    report = json.loads((folder / "quantization.json").read_text())
+
+    assert report["rounding"] == "nearest"
+    assert sum(report["matrices"].values()) == 2 * 7 + 1
+    assert report["quantised_bytes"] < (0.6 if report["bits"] == 8 else 0.5) * report["float_bytes"]
+    assert 0.5 < report["logits_cosine"] <= 1
+
+
+def test_drawn_pictures_are_read_before_4_bits_are_rounded(tiny, tmp_path, real_assets):
+    options = QuantizeOptions(model=str(tiny), out=str(tmp_path / "gptq"), bits=4, pictures=2)
+
+    report = json.loads((quantize(options) / "quantization.json").read_text())
+    nearest = quantize(QuantizeOptions(model=str(tiny), out=str(tmp_path / "nearest"), bits=4, rounding="nearest"))
+    one, two = (checkpoint.load(each).model.state_dict() for each in (tmp_path / "gptq", nearest))
+
+    assert (report["rounding"], report["pictures"]) == ("gptq", 2)
+    assert 0.5 < report["logits_cosine"] <= 1
+    assert one.keys() == two.keys()
+    assert not torch.equal(one["language.layers.0.mlp.up_proj.weight"], two["language.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(one["language.norm.weight"], two["language.norm.weight"])
+
+
 @torch.inference_mode()
 def test_a_quantised_model_computes_nearly_the_same_logits(folder, tiny):
     ids = torch.arange(40)[None]

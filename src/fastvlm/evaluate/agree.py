@@ -81,14 +81,16 @@ def agree(options: EvalOptions, report: Report = lambda task, done, total: None)
         raise InputError(f"--output {options.output}: there is no such folder to write to")
     reference = load(options.against, device=options.device, dtype="float32")
     other = load(options.model, device=options.device, dtype=options.dtype)
+    sees_alike = _sees_alike(reference, other)
     first = options.seed * BLOCK
     wanted = [(tasks[i % len(tasks)].name, first + i // len(tasks)) for i in range(options.num_samples)]
     differences: list[Difference] = []
     for start in range(0, len(wanted), options.batch_size):
         batch = wanted[start : start + options.batch_size]
         items = [draw(assets, task, [seed])[0] for task, seed in batch]
-        prompts, embeds, expected = _answers(reference, items, options)
-        _, _, found = _answers(other, items, options)
+        embeds = _encode(reference, items, options)  # (P, N, D)
+        prompts, expected = _answers(reference, items, embeds, options)
+        _, found = _answers(other, items, embeds if sees_alike else _encode(other, items, options), options)
         for index, (one, two) in enumerate(zip(expected, found, strict=True)):
             if one.text != two.text:
                 logits = (reference, prompts[index], embeds[index], one)
@@ -111,20 +113,33 @@ def agree(options: EvalOptions, report: Report = lambda task, done, total: None)
     return agreement
 
 
+def _sees_alike(one: Predictor, two: Predictor) -> bool:
+    """Whether encoder and projector are the same to the last bit, so that one of them need not be asked."""
+    states = [model.vision.state_dict() | model.projector.state_dict(prefix="p.") for model in (one.model, two.model)]
+    first, second = states
+    return first.keys() == second.keys() and all(
+        tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]) for name, tensor in first.items()
+    )
+
+
 @torch.inference_mode()
-def _answers(
-    predictor: Predictor, items: Sequence[Item], options: EvalOptions
-) -> tuple[list[list[int]], Tensor, list[Completion]]:
-    """Prompts, image embeddings and greedy answers, each as if it were asked alone."""
-    model, tokenizer = predictor.model, predictor.tokenizer
+def _encode(predictor: Predictor, items: Sequence[Item], options: EvalOptions) -> Tensor:
+    """Image embeddings of the pictures, `(P, N, D)`."""
     image_options = ImageOptions(image_size=options.image_size)
     pixels = torch.cat([predictor.pixels(item.sample.image, image_options) for item in items])  # (P, 3, H, W)
     with flush_denormals():
-        image_embeds = model.encode(predictor.to_device(pixels))  # (P, N, D)
-    count = image_embeds.shape[1]
+        return predictor.model.encode(predictor.to_device(pixels))
+
+
+@torch.inference_mode()
+def _answers(
+    predictor: Predictor, items: Sequence[Item], image_embeds: Tensor, options: EvalOptions
+) -> tuple[list[list[int]], list[Completion]]:
+    """Prompts and greedy answers, each as if it were asked alone."""
+    model, tokenizer, count = predictor.model, predictor.tokenizer, image_embeds.shape[1]
     prompts = [tokenize([user(item.sample.turns[0].question, 1)], tokenizer, count).token_ids for item in items]
     writing = GenerationOptions(max_new_tokens=options.max_new_tokens)
-    return prompts, image_embeds, generate(model, tokenizer, prompts, image_embeds, writing)
+    return prompts, generate(model, tokenizer, prompts, image_embeds, writing)
 
 
 @torch.inference_mode()

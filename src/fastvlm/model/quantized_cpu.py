@@ -24,7 +24,7 @@ from fastvlm.model.quantize import (
     unpack,
 )
 
-_TILE_BYTES: Final = 2**20  # of floats at once: what the caches of two cores hold beside the activations
+_TILE_BYTES: Final = 2**21  # of floats at once: about what the caches of two cores hold
 _FEW_ROWS: Final = {8: 8, 4: 16}  # up to so many the kernels on packed numbers are faster
 _PADDED: Final = 64  # outputs of the 4-bit kernel are a multiple of it
 _SIGN: Final = -128  # flips uint8 around 128 to int8 around 0
@@ -179,18 +179,21 @@ class Int4Linear(nn.Module):
         return product
 
     def _many(self, x: Tensor) -> Tensor:
-        num_outputs = len(self.high)
+        num_outputs, num_groups = len(self.high), self.num_inputs // self.group_size
         product = x.new_empty(len(x), num_outputs)
         step = min(_outputs_of_tile(self.num_inputs, x.dtype), num_outputs)
-        room = x.new_empty(self.num_inputs * step)
-        sums = x.view(len(x), -1, self.group_size).sum(-1)  # (M, g)
+        # What the number 8 stands for multiplies the sum of a group's inputs: one more input each.
+        x = torch.cat([x, x.view(len(x), num_groups, -1).sum(-1)], dim=-1)  # (M, K + g)
+        room = x.new_empty(x.shape[1] * step)
         for start in range(0, num_outputs, step):
             stop = min(start + step, num_outputs)
             pairs = self.high_pairs[:, start:stop]  # (g, stop - start, 2)
-            tile = room[: self.num_inputs * (stop - start)].view(self.num_inputs, stop - start)
-            self._numbers(start, stop, tile)
-            tile.view(-1, self.group_size, stop - start).mul_(pairs[:, None, :, 0] / 16)
-            torch.addmm(torch.mm(sums, pairs[..., 1]), x, tile, out=product[:, start:stop])
+            tile = room[: x.shape[1] * (stop - start)].view(-1, stop - start)  # (K + g, stop - start)
+            weights = tile[: self.num_inputs]
+            self._numbers(start, stop, weights)
+            weights.view(num_groups, self.group_size, -1).mul_(pairs[:, None, :, 0] / 16)
+            tile[self.num_inputs :] = pairs[..., 1]
+            torch.mm(x, tile, out=product[:, start:stop])
         return product
 
     def _numbers(self, start: int, stop: int, tile: Tensor) -> None:

@@ -29,6 +29,7 @@ TABLE, HEAD = "language.embed_tokens", "language.lm_head"
 _SENSITIVE: Final = ("v_proj", "o_proj")
 REPORT: Final = "quantization.json"
 SEED: Final = 5_000_000  # of the pictures of calibration: training's kind, not those that are evaluated
+_RANDOM_TOKENS: Final = 64
 _CHECKED: Final = 8  # more pictures, on which logits are compared
 
 
@@ -54,17 +55,21 @@ def quantize(options: QuantizeOptions, say: Say = lambda line: None) -> Path:
         "rounding": rounding,
         "float_bytes": sum(tensor.nbytes for tensor in model.language.state_dict().values()),
     }
+    layers = {name.removeprefix("language."): each for name, each in packings.items() if ".layers." in name}
     if rounding == "gptq":
         read = _reading(load(folder, dtype=place("cpu").dtype), options.pictures + _CHECKED, say)
         embeds, held_back = read[: options.pictures], read[options.pictures :]
-        before = [_logits(model, each) for each in held_back]
-        layers = {name.removeprefix("language."): each for name, each in packings.items() if ".layers." in name}
+        report |= {"pictures": options.pictures, "compared_on": f"{_CHECKED} more pictures with questions and answers"}
+    else:
+        held_back = _random_text(model)
+        report["compared_on"] = f"{len(held_back)} x {_RANDOM_TOKENS} random tokens"
+    before = [_logits(model, each) for each in held_back]
+    if rounding == "gptq":
         round_layers(model.language, layers, embeds, say)
         round_nearest(model, {name: each for name, each in packings.items() if ".layers." not in name})
-        after = [_logits(model, each) for each in held_back]
-        report |= {"pictures": options.pictures} | _divergence(before, after)
     else:
         round_nearest(model, packings)
+    report |= _divergence(before, [_logits(model, each) for each in held_back])
     report["quantised_bytes"] = sum(tensor.nbytes for tensor in model.language.state_dict().values())
     extra = _notes(checkpoint, packings) | {REPORT: (json.dumps(report, indent=2) + "\n").encode()}
     save(model, checkpoint.tokenizer, options.out, extra=extra, overwrite=options.overwrite)
@@ -122,6 +127,15 @@ def _reading(checkpoint: Checkpoint, count: int, say: Say) -> list[Tensor]:
         if (index + 1) % 16 == 0:
             say(f"read {index + 1} of {count} pictures")
     return read
+
+
+@torch.inference_mode()
+def _random_text(model: FastVLM) -> list[Tensor]:
+    """Embeddings of random tokens, each `(1, T, D)`: what there is to read without pictures."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, 1, _RANDOM_TOKENS)
+    token_ids = torch.randint(0, model.config.language.vocab_size, shape, generator=generator)
+    return [model.language.embed(each) for each in token_ids]
 
 
 def _token_ids(sample: Sample, tokenizer: Tokenizer, num_image_tokens: int) -> list[int]:
