@@ -25,7 +25,7 @@ from fastvlm.model.quantize import (
 )
 
 _TILE_BYTES: Final = 2**21  # of floats at once: about what the caches of two cores hold
-_FEW_ROWS: Final = {8: 8, 4: 16}  # up to so many the kernels on packed numbers are faster
+_FEW_ROWS: Final = {8: 12, 4: 48}  # up to so many the kernels on packed numbers are faster
 _PADDED: Final = 64  # outputs of the 4-bit kernel are a multiple of it
 _SIGN: Final = -128  # flips uint8 around 128 to int8 around 0
 

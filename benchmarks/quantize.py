@@ -1,0 +1,57 @@
+"""Time the language model in floats and in fewer bits, in turns: a prompt of 291 positions, and single tokens behind it.
+
+    OMP_NUM_THREADS=1 python benchmarks/quantize.py bfloat16=05b int8=05b-int8 int4=05b-int4
+
+Each NAME=FOLDER is a checkpoint; the default route, without a compiler. What counts is the time that one thread spends
+on the processor, which other programs on the machine lengthen less than the time on the wall. Writes
+`results/quantize-speed.json`, with the median of seven rounds after one that is not counted.
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fastvlm.benchmark.record import facts
+from fastvlm.device import place
+from fastvlm.generate import decode_step, make_cache, prefill
+from fastvlm.predict import load
+
+RESULT = Path(__file__).parent / "results" / "quantize-speed.json"
+POSITIONS, TOKENS, ROUNDS = 291, 8, 7
+
+
+def main() -> None:
+    """Measure; print and keep."""
+    torch.set_num_threads(1)  # the time of one thread is what is read
+    folders = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    models = {name: load(folder, device="cpu", dtype="bfloat16").model for name, folder in folders.items()}
+    seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "token": []} for name in models}
+    first = next(iter(models.values()))
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(1, POSITIONS, first.config.language.dim, generator=generator).bfloat16()
+    for _ in range(ROUNDS + 1):
+        for name, model in models.items():
+            cache = make_cache(model, 1, POSITIONS + TOKENS)
+            started = time.thread_time()
+            token_id = prefill(model, embeds, [POSITIONS], cache).argmax(-1, keepdim=True)
+            read = time.thread_time()
+            for _ in range(TOKENS):
+                token_id = decode_step(model, token_id, cache).argmax(-1, keepdim=True)
+            seconds[name]["prefill"].append(read - started)
+            seconds[name]["token"].append((time.thread_time() - read) / TOKENS)
+    medians = {
+        name: {f"{part}_cpu_ms": round(1000 * statistics.median(each[1:]), 1) for part, each in parts.items()}
+        for name, parts in seconds.items()
+    }
+    command = ["benchmarks/quantize.py", *(f"{name}={Path(folder).name}" for name, folder in folders.items())]
+    record = facts(command, place("cpu").device) | {"positions": POSITIONS, "medians": medians}
+    RESULT.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(medians, indent=2))
+
+
+if __name__ == "__main__":
+    main()
