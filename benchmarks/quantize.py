@@ -1,4 +1,4 @@
-"""Time the language model in floats and in fewer bits, in turns: a prompt of 291 positions, and single tokens behind it.
+"""Time the language model in floats and in fewer bits, in turns: a prompt of 291 positions, then single tokens.
 
     OMP_NUM_THREADS=1 python benchmarks/quantize.py bfloat16=05b int8=05b-int8 int4=05b-int4
 

@@ -147,11 +147,13 @@ class Int4Linear(nn.Module):
         numbers = F.pad(unpack(layer.weight, layer.bits), padding)
         scales, biases = F.pad(layer.scales.float(), padding), F.pad(layer.biases.float(), padding)
         self.num_halves = layer.bits // 4
+        room = layer.weight.view(self.num_halves, -1)
         if self.num_halves == 1:
-            self._keep("high", numbers, scales, biases)
+            self._keep("high", numbers, scales, biases, room[0])
         else:
-            self._keep("high", numbers >> 4, 16 * scales, biases)
-            self._keep("low", numbers & 15, scales, torch.zeros_like(biases))
+            high, low = numbers >> 4, numbers & 15
+            self._keep("high", high, 16 * scales, biases, room[0])
+            self._keep("low", low, scales, torch.zeros_like(biases), room[1])
         self.to(layer.scales.dtype)
 
     high: Tensor
@@ -159,8 +161,11 @@ class Int4Linear(nn.Module):
     low: Tensor
     low_pairs: Tensor
 
-    def _keep(self, name: str, numbers: Tensor, scales: Tensor, biases: Tensor) -> None:
-        self.register_buffer(name, torch._convert_weight_to_int4pack_for_cpu(numbers.int(), 1))
+    def _keep(self, name: str, numbers: Tensor, scales: Tensor, biases: Tensor, room: Tensor) -> None:
+        packed = torch._convert_weight_to_int4pack_for_cpu(numbers.int(), 1)
+        if packed.numel() == room.numel():  # not padded: the layer's own memory is used again
+            packed = room.copy_(packed.flatten()).view(packed.shape)
+        self.register_buffer(name, packed)
         pairs = torch.stack([scales, biases + 8 * scales], dim=-1).transpose(0, 1)  # (g, N, 2)
         self.register_buffer(f"{name}_pairs", pairs.contiguous())
 
