@@ -3,8 +3,11 @@
     python benchmarks/export.py nano onnx --precision fp32 --precision int8
     python benchmarks/export.py 0.5b onnx --precision int8
 
+    python benchmarks/export.py 0.5b-loud coreml --precision fp16
+
 Writes `results/export-MODEL-FORMAT-PRECISIONS.json`. `0.5b` has random weights from seed 0, and is made once in the
-folder FASTVLM_SCRATCH, where that is set. `write_s` ends when the files are written, `wall_s` when they have been
+folder FASTVLM_SCRATCH, where that is set; in `0.5b-loud` the last stage of the encoder computes values a million times as
+large, beyond 65,504, and the final convolution makes them small again. `write_s` ends when the files are written, `wall_s` when they have been
 compared with eager; `cpu_s` is the time that all cores spent, which other programs on the machine lengthen less. The
 exports themselves are deleted.
 """
@@ -19,10 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fastvlm import checkpoint
 from fastvlm.benchmark.record import commit, processor
 from fastvlm.export.manifest import MANIFEST, PARITY
 
 RESULTS = Path(__file__).parent / "results"
+LOUD, GAIN = "-loud", 1e6
 
 
 def main() -> None:
@@ -32,14 +37,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=kept) as scratch:
         source = model if model == "nano" else str(Path(kept or scratch) / f"random-{model}")
         if model != "nano" and not Path(source).is_dir():
-            subprocess.run([sys.executable, "-m", "fastvlm", "models", "init", model, "--out", source], check=True)
+            make(model, Path(source))
         out = Path(scratch) / "out"
         busy = os.getloadavg()[0]
         took = measure(["-m", "fastvlm", "export", name, "--model", source, "--out", str(out), *flags])
         manifest, parity = (json.loads((out / file).read_text(encoding="utf-8")) for file in (MANIFEST, PARITY))
     precisions = manifest["precisions"]
     shown = " ".join(["fastvlm export", name, "--model", "nano" if model == "nano" else "DIR", "--out OUT", *flags])
-    before = "" if model == "nano" else f"fastvlm models init {model} --out DIR; "
+    before = "" if model == "nano" else f"fastvlm models init {model.removesuffix(LOUD)} --out DIR; "
+    if model.endswith(LOUD):
+        before += f"its encoder made {GAIN:,.0f} times as loud, as benchmarks/export.py does; "
     result = {
         "command": before + shown,
         "commit": commit(),
@@ -49,12 +56,28 @@ def main() -> None:
         "versions": manifest["versions"],
         **took,
         "image": manifest["image"],
+        "changes": manifest["changes"],
         "megabytes": {path: round(file["bytes"] / 1e6, 1) for path, file in manifest["files"].items() if _is_big(file)},
         "reports": parity["reports"],
     }
     path = RESULTS / f"export-{model.replace('.', '')}-{name}-{'-'.join(precisions)}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(path.name, took)
+
+
+def make(model: str, folder: Path) -> None:
+    """Write a checkpoint of random weights."""
+    quiet = folder.with_name(folder.name.removesuffix(LOUD))
+    if not quiet.is_dir():
+        preset = model.removesuffix(LOUD)
+        subprocess.run([sys.executable, "-m", "fastvlm", "models", "init", preset, "--out", str(quiet)], check=True)
+    if model.endswith(LOUD):
+        loaded = checkpoint.load(quiet)
+        weights = loaded.model.vision.state_dict()
+        weights["stages.4.pos_emb.reparam_conv.weight"].mul_(GAIN)
+        weights["stages.4.pos_emb.reparam_conv.bias"].mul_(GAIN)
+        weights["final_conv.reparam_conv.weight"].div_(GAIN)
+        checkpoint.save(loaded.model, loaded.tokenizer, folder)
 
 
 def measure(command: list[str]) -> dict[str, Any]:

@@ -92,11 +92,13 @@ def test_what_does_not_compute_the_same_can_be_kept_to_look_at_it(tiny, tmp_path
         checkpoint.model.language.layers[0].mlp.down_proj.weight[0, 0] = 1e5
     save(checkpoint.model, checkpoint.tokenizer, tmp_path / "loud")
 
-    status, _, _ = export(capsys, tmp_path / "out", "--precision", "fp16", "--keep", model=tmp_path / "loud")
+    status, _, err = export(capsys, tmp_path / "out", "--precision", "fp16", "--keep", model=tmp_path / "loud")
 
     (report,) = json.loads((tmp_path / "out" / "parity.json").read_text())["reports"]
     assert status == 0
     assert report["failures"]
+    assert "fp16 is not equal to eager" in err
+    assert "it is kept" in err
 
 
 def test_one_changed_weight_is_noticed(tiny, tmp_path):
@@ -124,6 +126,7 @@ def test_one_changed_weight_is_noticed(tiny, tmp_path):
         (("--precision", "fp32", "--precision", "fp16"), "gguf-lm holds one precision"),
         (("--precision", "fp32", "--precision", "fp32"), "precision names 'fp32' twice"),
         (("--image-size", "100"), "image_size must be a multiple of 64, got 100"),
+        (("--image-size", "16384"), "takes 65536 tokens, the model's context holds 32768"),
         (("--pictures", "0"), "pictures must be between 1 and 10000, got 0"),
     ],
 )
@@ -198,7 +201,7 @@ def test_a_model_that_the_memory_does_not_hold_is_refused(tiny, tmp_path, capsys
     status, _, err = export(capsys, tmp_path / "out", model=tiny)
 
     assert status == 2
-    assert "use a smaller model or a larger machine" in err
+    assert "use a smaller model, a smaller --image-size or a larger machine" in err
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -10,6 +10,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from fastvlm import checkpoint
 from fastvlm.config import Config, LanguageConfig, ProjectorConfig, VisionConfig
 from fastvlm.errors import CheckpointError, ExportError, InputError
 from fastvlm.model import fold
@@ -21,7 +22,9 @@ pytest.importorskip("coremltools", exc_type=ImportError)
 from fastvlm.export import coreml
 from fastvlm.export.coreml_convert import Input, find_islands, traced, write_package
 from fastvlm.export.coreml_interpreter import Program
+from fastvlm.export.parts import Request, Source
 from fastvlm.export.run import run
+from fastvlm.export.verify import compare, draw_pictures
 from fastvlm.options import ExportOptions
 
 CONFIG = Config(
@@ -231,7 +234,7 @@ def test_two_sentences_do_not_mix(language_package):
 @torch.inference_mode()
 def test_token_ids_and_their_embeddings_mean_the_same(language_package):
     model, token_ids = small_model(), torch.tensor([[5, 17, 95, 0]])
-    embed = coreml.embedder(language_package)
+    embed = coreml.embedder(Program(language_package))
 
     assert_close(embed(token_ids), model.language.embed(token_ids))
     program, zeros = Program(language_package), torch.zeros(1, 4, 48)
@@ -276,12 +279,15 @@ def test_a_small_model_is_exported_whole_compared_and_described(tiny, tmp_path):
 
     (report,) = json.loads((folder / "parity.json").read_text())["reports"]
     assert report["features"]["relative"] < 1e-3
+    assert report["image_embeds"]["relative"] < 1e-3
     assert report["texts"]["equal"] == 1
     assert {"encoder.mlpackage", "projector.mlpackage", "language.mlpackage"} <= {
         path.name for path in folder.iterdir()
     }
     described = json.loads((folder / "manifest.json").read_text())
     assert described["inputs_and_outputs"]["encoder.mlpackage"].endswith("image_features [1, 16, 512]")
+    assert described["image"]["ends_in"] == "features"
+    assert not [path for path in folder.iterdir() if path.name.startswith(("tmp", "draft"))]
     for path in folder.rglob("model.mlmodel"):
         assert str(tmp_path).encode() not in path.read_bytes()
 
@@ -292,13 +298,37 @@ def test_a_small_model_is_exported_whole_compared_and_described(tiny, tmp_path):
         ({"precision": ("int4",)}, r"coreml has no precision 'int4'; it has fp16, fp32, int8"),
         ({"precision": ("fp16", "fp32")}, "coreml holds one precision"),
         ({"image_size": 100}, "image_size must be a multiple of 64, got 100"),
+        ({"image_size": 2816}, "takes 1936 tokens, Core ML's cache has room for 2048"),
+        ({"format": "ios-bundle", "with_projector": True}, "leave --with-projector away"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(values, match, tiny, tmp_path):
-    with pytest.raises(InputError, match=match):
-        run(ExportOptions(format="coreml", model=str(tiny), out=str(tmp_path / "out"), **values))
+    with pytest.raises((ExportError, InputError), match=match):
+        run(ExportOptions(**{"format": "coreml", "model": str(tiny), "out": str(tmp_path / "out"), **values}))
 
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_projector_that_was_changed_is_noticed(tiny, tmp_path):
+    loaded = checkpoint.load(tiny)
+    source = Source(loaded, lambda: checkpoint.load(tiny, dtype=torch.float32).model)
+    request = Request(precisions=("fp32",), image_size=64, has_dynamic_batch=False, with_projector=False)
+    coreml.write(source, request, tmp_path)
+    pictures = draw_pictures(1)
+
+    sound = compare(source, request, coreml.read(source, request, tmp_path, "fp32"), pictures, precision="fp32")
+    file = tmp_path / coreml.PROJECTOR / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    stored = file.read_bytes()
+    weight = loaded.model.projector.fc2.weight.detach().float()
+    value = weight.flatten()[weight.abs().argmax()].numpy().tobytes()
+    assert stored.count(value) == 1
+    file.write_bytes(stored.replace(value, value[:3] + bytes([value[3] ^ 0x40])))  # in the exponent
+    broken = compare(source, request, coreml.read(source, request, tmp_path, "fp32"), pictures, precision="fp32")
+
+    assert sound["failures"] == []
+    assert sound["image_embeds"]["relative"] < 1e-3
+    assert any("image embeddings" in failure for failure in broken["failures"])
 
 
 def test_a_target_that_holds_something_else_is_left_alone(tiny, tmp_path):

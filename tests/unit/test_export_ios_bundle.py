@@ -22,25 +22,29 @@ from fastvlm.model.fastvlm import FastVLM
 from fastvlm.options import ExportOptions
 
 
-class Identity(nn.Module):
+class Shaped(nn.Module):
+    """Takes what the app's encoder takes and gives what it gives; what it computes does not matter here."""
+
     def forward(self, images):
-        return images * 2
+        return images.reshape(1, 256, -1)[:, :, :3072] * 2
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """A package with the app's border; what it computes does not matter here."""
-    path = tmp_path_factory.mktemp("ios") / ios_bundle.ENCODER
-    example = torch.zeros(1, 3, 8, 8)
+def shaped_package(path, *, side=1024, name="images", output="image_features"):
+    shape = (1, 3, side, side)
     write_package(
-        traced(Identity(), (example,)),
+        traced(Shaped(), (torch.zeros(shape),)),
         path,
-        inputs=[Input(name="images", shape=(1, 3, 8, 8))],
-        output="image_features",
+        inputs=[Input(name=name, shape=shape)],
+        output=output,
         precision="fp32",
         examples=lambda: (),
     )
     return path
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return shaped_package(tmp_path_factory.mktemp("ios") / ios_bundle.ENCODER)
 
 
 @pytest.fixture
@@ -102,6 +106,21 @@ def test_a_tensor_that_the_app_does_not_expect_is_named(bundle, change):
         ios_bundle.check_bundle(bundle)
 
 
+@pytest.mark.parametrize(
+    ("border", "said"),
+    [
+        ({"side": 512}, r"'images' is \(torch.float32, \(1, 3, 512, 512\)\), Apple's app has"),
+        ({"name": "pixels"}, "'images' is missing"),
+        ({"output": "features"}, r"'features' is \(.*\), Apple's app has none"),
+    ],
+)
+def test_an_encoder_with_another_border_is_named(border, said, tmp_path):
+    shaped_package(tmp_path / ios_bundle.ENCODER, **border)
+
+    with pytest.raises(ExportError, match=said):
+        ios_bundle.check_encoder(tmp_path)
+
+
 def test_a_vocabulary_without_the_image_token_is_named(bundle, source):
     source.tokenizer.write(bundle, with_image=False, with_vocab=True)
 
@@ -120,7 +139,8 @@ def test_another_geometry_is_refused_before_anything_is_written(tiny, tmp_path):
 def test_another_size_or_batch_is_refused(change, source):
     standard = replace(source.checkpoint, model=shapes_only(lambda: FastVLM(PRESETS["0.5b"])))
     request = Request(precisions=("fp16",), image_size=1024, has_dynamic_batch=False, with_projector=True)
-    assert ios_bundle.check(Source(standard, source.load), request) > 10**9
+    for precision in ios_bundle.PRECISIONS:
+        assert ios_bundle.check(Source(standard, source.load), replace(request, precisions=(precision,))) > 10**9
 
     with pytest.raises(ExportError, match="one picture of 1024 pixels"):
         ios_bundle.check(Source(standard, source.load), replace(request, **change))

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastvlm.export.parts import Request, Source
+from fastvlm.export.parts import Request, Source, num_image_tokens
 from fastvlm.export.quantise import BLOCK, Packed, choose, nibbles, pack, rounded, unpack
 from fastvlm.export.verify import MANY_PARAMETERS, draw_pictures
 from fastvlm.generate import generate
@@ -53,8 +53,7 @@ def examples(source: Source, request: Request) -> Iterator[Tensor]:
     effort = _SMALL if source.num_parameters <= MANY_PARAMETERS else _LARGE
     for picture in draw_pictures(effort.pictures, split="train"):
         pixels = to_pixels(picture.image, size=request.image_size, fit=vision.fit)
-        num_tokens = (request.image_size // vision.stride) ** 2
-        prompt = tokenize([user(picture.question, 1)], tokenizer, num_tokens).token_ids
+        prompt = tokenize([user(picture.question, 1)], tokenizer, num_image_tokens(source, request)).token_ids
         with torch.inference_mode():
             image_embeds = model.encode(source.eager.to_device(pixels))
             options = GenerationOptions(max_new_tokens=effort.tokens)

@@ -8,7 +8,8 @@ tokens, `S` positions of the sentence so far, the tokens included, `V` vocabular
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from fastvlm.config import LanguageConfig
-from fastvlm.export.coreml_convert import Input, quiet, traced, write_package
+from fastvlm.errors import ExportError
+from fastvlm.export.coreml_convert import Input, Islands, quiet, traced, write_package
 from fastvlm.export.coreml_interpreter import Program
 from fastvlm.export.parts import (
     Exported,
@@ -31,6 +33,7 @@ from fastvlm.export.parts import (
     example_pixels,
     folded_copy,
     needs,
+    num_image_tokens,
     versions,
 )
 from fastvlm.export.verify import draw_pictures
@@ -54,6 +57,7 @@ PROJECTOR: Final = "projector.mlpackage"
 LANGUAGE: Final = "language.mlpackage"
 IMAGES, FEATURES, EMBEDS = "images", "image_features", "image_embeds"
 CONTEXT: Final = 2048  # positions of the cache; a conversation about one picture takes a few hundred
+SENTENCE: Final = 128  # positions that a picture leaves to a question and its answer at the least
 MASKED: Final = -1e4  # in the mask where a token may not look; float16 holds it
 MAX_IMAGES: Final = 8
 _CALIBRATION: Final = 2  # pictures on which values too large for float16 are looked for
@@ -61,42 +65,50 @@ _BYTES: Final[Mapping[Precision, int]] = {"fp32": 4, "fp16": 2, "int8": 1}
 
 
 def check(source: Source, request: Request) -> int:
-    """See that coremltools is here; return the bytes that are written, a float32 draft of one part included."""
+    """See that coremltools is here and a picture fits; return the bytes that are written, drafts included.
+
+    Raises:
+        ExportError: coremltools is missing, or a picture takes more tokens than the cache holds.
+    """
     with quiet():
         needs("coreml", "coremltools")
-    draft = 0 if request.precision == "fp32" else 4
+    tokens, room = num_image_tokens(source, request), context(source.config.language)
+    if tokens + SENTENCE > room:
+        raise ExportError(
+            f"a picture of {request.image_size} pixels takes {tokens} tokens, Core ML's cache has room for {room}; "
+            "take a smaller --image-size"
+        )
+    # coremltools writes the weights of a part into a scratch folder first, of the float32 draft too.
+    draft = 4 if request.precision == "fp32" else 8
     return source.num_parameters * (_BYTES[request.precision] + draft) + 2**24
 
 
 def write(source: Source, request: Request, place: Path) -> Written:
     """Write the packages and the tokenizer."""
     model = folded_copy(source)
+    examples = Examples(source, request, model)
     batch: int | tuple[int, int] = (1, MAX_IMAGES) if request.has_dynamic_batch else 1
-    write_encoder(
-        source,
-        request,
-        model,
-        place / ENCODER,
-        precision=request.precision,
-        with_projector=request.with_projector,
-        batch=batch,
+    islands = write_encoder(
+        examples, place / ENCODER, precision=request.precision, with_projector=request.with_projector, batch=batch
     )
     if not request.with_projector:
-        _write_projector(source, request, model, place / PROJECTOR)
-    write_language(
-        model.language,
-        place / LANGUAGE,
-        precision=request.precision,
-        sentences=lambda: _sentences(source, request, model),
-    )
+        _write_projector(examples, place / PROJECTOR, precision=request.precision)
+    write_language(model.language, place / LANGUAGE, precision=request.precision, sentences=lambda: examples.sentences)
     source.tokenizer.write(place)
+    notes = [
+        "Branches, BatchNorm and layer scale of the encoder folded into its convolutions.",
+        f"Rewritten as Core ML programs in {request.precision}; the cache of the language model is float16.",
+    ]
+    if islands is not None:
+        notes.append(
+            f"{len(islands.results)} values of the encoder are computed in float32, {len(islands.large)} of them because "
+            f"they are large: up to {islands.largest:,.0f} on drawn pictures; float16 ends at 65,504."
+        )
     return Written(
-        notes=[
-            "Branches, BatchNorm and layer scale of the encoder folded into its convolutions.",
-            f"Rewritten as Core ML programs in {request.precision}; the cache of the language model is float16.",
-        ],
+        notes=notes,
         inputs=_borders(source, request, batch),
         versions=versions("coremltools", "numpy"),
+        ends_in_features=not request.with_projector,
     )
 
 
@@ -104,11 +116,13 @@ def read(source: Source, request: Request, place: Path, precision: Precision) ->
     """Read the packages back: into Core ML on a Mac, elsewhere into the interpreter."""
     encoder, language = Runner(place / ENCODER), Runner(place / LANGUAGE)
     output = EMBEDS if request.with_projector else FEATURES
+    projector = None if request.with_projector else Runner(place / PROJECTOR)
     return Exported(
         runtime=encoder.name,
         tolerance=TOLERANCES[precision],
         encode=lambda pixels: encoder.run({IMAGES: pixels})[output],
-        embed=None if has_core_ml() else embedder(place / LANGUAGE),
+        project=None if projector is None else lambda features: projector.run({FEATURES: features})[EMBEDS],
+        embed=None if language.program is None else embedder(language.program),
         begin=lambda: begin(language),
     )
 
@@ -123,69 +137,100 @@ class Runner:
 
     Attributes:
         name: Of what runs it, for the report.
+        program: What the interpreter runs; None where Core ML does.
     """
 
     def __init__(self, package: Path) -> None:
         self._model: Any = None
+        self.program: Program | None = None
         if has_core_ml():
             with quiet():
                 (ct,) = needs("coreml", "coremltools")
                 self._model = ct.models.MLModel(str(package))
             self.name = f"Core ML, coremltools {ct.__version__}"
         else:
-            self._program = Program(package)
+            self.program = Program(package)
             self.name = "the reference interpreter of the saved package"
 
     def new_state(self) -> Any:
         """Begin with an empty cache."""
-        return self._program.new_state() if self._model is None else self._model.make_state()
+        return self._model.make_state() if self.program is None else self.program.new_state()
 
     def run(self, inputs: Mapping[str, Tensor], state: Any = None) -> dict[str, Tensor]:
         """Compute all outputs from all inputs, by name."""
-        if self._model is None:
-            return self._program.run(inputs, state)
+        if self.program is not None:
+            return self.program.run(inputs, state)
         found = self._model.predict({name: value.numpy() for name, value in inputs.items()}, state=state)
         return {name: torch.from_numpy(np.asarray(value)) for name, value in found.items()}
 
 
-def write_encoder(  # noqa: PLR0913
-    source: Source,
-    request: Request,
-    model: FastVLM,
+class Examples:
+    """Drawn pictures as the parts of a model see them: what is too large for float16 is looked for on them."""
+
+    def __init__(self, source: Source, request: Request, model: FastVLM) -> None:
+        self.source, self.request, self.model = source, request, model
+        self._pictures = draw_pictures(_CALIBRATION)
+
+    @cached_property
+    def pixels(self) -> list[Tensor]:
+        """Each `(1, 3, H, W)`."""
+        size, fit = self.request.image_size, self.source.config.vision.fit
+        return [to_pixels(picture.image, size=size, fit=fit) for picture in self._pictures]
+
+    @cached_property
+    def features(self) -> list[Tensor]:
+        """Each `(1, N, C)`."""
+        with torch.inference_mode():
+            return [self.model.vision(pixels) for pixels in self.pixels]
+
+    @property
+    def sentences(self) -> list[dict[str, Tensor]]:
+        """A question about each picture, as the language model's package reads it."""
+        num_tokens = num_image_tokens(self.source, self.request)
+        prompts = [tokenize([user(each.question, 1)], self.source.tokenizer, num_tokens) for each in self._pictures]
+        with torch.inference_mode():
+            return [
+                language_inputs(self.model.embed(torch.tensor([prompt.token_ids]), self.model.projector(features)), 0)
+                for prompt, features in zip(prompts, self.features, strict=True)
+            ]
+
+
+def write_encoder(
+    examples: Examples,
     path: Path,
     *,
     precision: Precision,
     with_projector: bool,
     batch: int | tuple[int, int] = 1,
-) -> None:
-    """Write the encoder, `images (P, 3, H, W)` to `image_features (P, N, C)` or, with projector, `image_embeds`."""
-    encoder = ImageEncoder(model, with_projector=with_projector).eval()
+) -> Islands | None:
+    """Write the encoder, `images (P, 3, H, W)` to `image_features (P, N, C)` or, with projector, `image_embeds`.
+
+    Returns:
+        As `write_package`.
+    """
+    encoder = ImageEncoder(examples.model, with_projector=with_projector).eval()
     shapes = {"pixels": {0: Dim("P", min=1, max=MAX_IMAGES)}} if isinstance(batch, tuple) else None
-    pixels = example_pixels(request, 2 if isinstance(batch, tuple) else 1)
-    write_package(
+    pixels = example_pixels(examples.request, 2 if isinstance(batch, tuple) else 1)
+    return write_package(
         traced(encoder, (pixels,), shapes),
         path,
         inputs=[Input(name=IMAGES, shape=(batch, *pixels.shape[1:]))],
         output=EMBEDS if with_projector else FEATURES,
         precision=precision,
-        examples=lambda: ({IMAGES: pixels} for pixels in _calibration_pixels(source, request)),
+        examples=lambda: ({IMAGES: pixels} for pixels in examples.pixels),
     )
 
 
-def _write_projector(source: Source, request: Request, model: FastVLM, path: Path) -> None:
-    def features() -> Iterator[Mapping[str, Tensor]]:
-        for pixels in _calibration_pixels(source, request):
-            with torch.inference_mode():
-                yield {FEATURES: model.vision(pixels)}
-
-    shape = (1, _num_tokens(source, request), source.config.vision.out_dim)
+def _write_projector(examples: Examples, path: Path, *, precision: Precision) -> None:
+    source = examples.source
+    shape = (1, num_image_tokens(source, examples.request), source.config.vision.out_dim)
     write_package(
-        traced(model.projector, (torch.zeros(shape),)),
+        traced(examples.model.projector, (torch.zeros(shape),)),
         path,
         inputs=[Input(name=FEATURES, shape=shape)],
         output=EMBEDS,
-        precision=request.precision,
-        examples=features,
+        precision=precision,
+        examples=lambda: ({FEATURES: features} for features in examples.features),
     )
 
 
@@ -220,14 +265,6 @@ def write_language(
         precision=precision,
         examples=sentences,
     )
-
-
-def _sentences(source: Source, request: Request, model: FastVLM) -> Iterator[Mapping[str, Tensor]]:
-    for picture in draw_pictures(_CALIBRATION):
-        pixels = to_pixels(picture.image, size=request.image_size, fit=source.config.vision.fit)
-        prompt = tokenize([user(picture.question, 1)], source.tokenizer, _num_tokens(source, request))
-        with torch.inference_mode():
-            yield language_inputs(model.embed(torch.tensor([prompt.token_ids]), model.encode(pixels)), 0)
 
 
 class StatefulLanguage(nn.Module):
@@ -310,9 +347,8 @@ def language_inputs(embeds: Tensor, num_read: int) -> dict[str, Tensor]:
     }
 
 
-def embedder(package: Path) -> Callable[[Tensor], Tensor]:
+def embedder(program: Program) -> Callable[[Tensor], Tensor]:
     """Look up embeddings in the saved language model, by executing its beginning: ids `(1, T)` to `(1, T, D)`."""
-    program = Program(package)
     (name,) = program.results(("gather",), dtype=(torch.float16, torch.float32))
 
     def embed(token_ids: Tensor) -> Tensor:
@@ -322,19 +358,10 @@ def embedder(package: Path) -> Callable[[Tensor], Tensor]:
     return embed
 
 
-def _calibration_pixels(source: Source, request: Request) -> Iterator[Tensor]:
-    for picture in draw_pictures(_CALIBRATION):
-        yield to_pixels(picture.image, size=request.image_size, fit=source.config.vision.fit)
-
-
-def _num_tokens(source: Source, request: Request) -> int:
-    return int((request.image_size // source.config.vision.stride) ** 2)
-
-
 def _borders(source: Source, request: Request, batch: int | tuple[int, int]) -> dict[str, str]:
     """Inputs and outputs of each package."""
     many = "1" if isinstance(batch, int) else f"{batch[0]}-{batch[1]}"
-    side, num_tokens = request.image_size, _num_tokens(source, request)
+    side, num_tokens = request.image_size, num_image_tokens(source, request)
     language, channels = source.config.language, source.config.vision.out_dim
     last = f"{EMBEDS} [{many}, {num_tokens}, {language.dim}]"
     found = {

@@ -7,6 +7,7 @@ measured on examples, by executing the float32 package.
 
 import logging
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -80,8 +81,8 @@ def write_package(  # noqa: PLR0913  (a package is described by its border)
     output: str,
     precision: Precision,
     examples: Examples,
-) -> None:
-    """Convert and save.
+) -> "Islands | None":
+    """Convert and save; return what stays in float32, None where everything does.
 
     Args:
         exported: The module, traced; its only output will be called `output`.
@@ -94,19 +95,20 @@ def write_package(  # noqa: PLR0913  (a package is described by its border)
     Raises:
         ExportError: coremltools could not write its file of weights.
     """
-    with quiet(), _writing(path):
+    with quiet(), _writing(path), _scratch(path.parent) as scratch:
         (ct,) = needs("coreml", "coremltools")
         if precision == "fp32":
             _save(_converted(ct, exported, inputs, output, ct.precision.FLOAT32), path)
-            return
-        draft = path.with_name("draft.mlpackage")
-        _save(_converted(ct, exported, inputs, output, ct.precision.FLOAT32), draft)
+            return None
+        draft = scratch / "draft.mlpackage"
+        _converted(ct, exported, inputs, output, ct.precision.FLOAT32, package=draft)
         islands = find_islands(Program(draft), examples())
         shutil.rmtree(draft)
         in_float16 = ct.transform.FP16ComputePrecision(op_selector=lambda operation: not islands.hold(operation))
         model = _converted(ct, exported, inputs, output, in_float16)
         _save(_with_int8_weights(ct, model) if precision == "int8" else model, path)
     _LOG.info("%s: %d values stay in float32", path.name, len(islands.results))
+    return islands
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,12 @@ class Islands:
     Attributes:
         large: Values that come near the end of float16; nobody may read them in float16.
         results: Values that are computed in float32, the large ones among them.
+        largest: The largest magnitude that any value had.
     """
 
     large: frozenset[str]
     results: frozenset[str]
+    largest: float
 
     def hold(self, operation: Any) -> bool:
         """Whether an operation of coremltools' program computes in float32."""
@@ -130,9 +134,13 @@ class Islands:
 def find_islands(program: Program, examples: Iterable[Mapping[str, Tensor]]) -> Islands:
     """Execute a float32 program on examples, and say what float16 could not hold or would blur."""
     large: set[str] = set()
+    largest = 0.0
 
     def watch(name: str, value: Tensor) -> None:
-        if value.numel() and not float(value.abs().max()) <= LIMIT:  # written so that NaN counts as large
+        nonlocal largest
+        reach = float(value.abs().max()) if value.numel() else 0.0
+        largest = max(largest, reach)
+        if not reach <= LIMIT:  # written so that NaN counts as large
             large.add(name)
 
     with torch.inference_mode():
@@ -140,14 +148,24 @@ def find_islands(program: Program, examples: Iterable[Mapping[str, Tensor]]) -> 
             program.run(example, program.new_state(), watch=watch)
     angles = program.behind(("cos", "sin"))
     norms = program.behind(("rsqrt",), steps=_NORM_STEPS)
-    return Islands(frozenset(large), frozenset(large | program.results(_SUMS) | angles | norms))
+    return Islands(frozenset(large), frozenset(large | program.results(_SUMS) | angles | norms), largest)
 
 
 def _variables(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def _converted(ct: Any, exported: ExportedProgram, inputs: Sequence[Input], output: str, precision: Any) -> Any:
+def _converted(  # noqa: PLR0913
+    ct: Any,
+    exported: ExportedProgram,
+    inputs: Sequence[Input],
+    output: str,
+    precision: Any,
+    *,
+    package: Path | None = None,
+) -> Any:
+    """The model, which coremltools keeps in a temporary package, or in `package`, without its metadata."""
+
     def size(each: int | tuple[int, int]) -> Any:
         return ct.RangeDim(*each) if isinstance(each, tuple) else each
 
@@ -164,6 +182,7 @@ def _converted(ct: Any, exported: ExportedProgram, inputs: Sequence[Input], outp
         minimum_deployment_target=ct.target.iOS18 if has_state else ct.target.iOS16,
         compute_precision=precision,
         skip_model_load=True,
+        package_dir=None if package is None else str(package),
     )
 
 
@@ -192,6 +211,18 @@ def _writing(path: Path) -> Iterator[None]:
         if "FileWriter" not in str(error):
             raise
         raise ExportError(f"the weights of {path.name} cannot be written; is the disk full?") from error
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder that is gone in the end; coremltools' own copies lie there, on the disk that was seen to have room."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
+        tempfile.tempdir = scratch
+        try:
+            yield Path(scratch)
+        finally:
+            tempfile.tempdir = before
 
 
 @contextmanager

@@ -67,7 +67,13 @@ class _Name(str):
 
 
 class Program:
-    """A saved package, ready to be executed."""
+    """A saved package, ready to be executed.
+
+    Attributes:
+        inputs: The dtype of each input that is no state.
+        outputs: Names of the outputs.
+        borders: Dtype and sizes of each input and output, as the program states them; None for a size that varies.
+    """
 
     def __init__(self, package: Path) -> None:
         """Read a package.
@@ -92,6 +98,12 @@ class Program:
         }
         self._states = {
             name: kind.stateType.wrappedType.tensorType for name, kind in types.items() if kind.HasField("stateType")
+        }
+        given = {name: kind.tensorType for name, kind in types.items() if name in self.inputs}
+        made = {each.name: each.type.tensorType for operation in block.operations for each in operation.outputs}
+        self.borders = {
+            name: (self._dtype(kind), _sizes(kind))
+            for name, kind in (given | {name: made[name] for name in self.outputs}).items()
         }
         self._constants: dict[str, Value] = {}
         self._widened_constants: dict[str, Value] = {}
@@ -262,6 +274,10 @@ class Program:
 
     def _dtype(self, kind: Any) -> torch.dtype:
         return torch.from_numpy(np.zeros(0, self._numpy_dtype(kind))).dtype
+
+
+def _sizes(kind: Any) -> tuple[int | None, ...]:
+    return tuple(each.constant.size if each.HasField("constant") else None for each in kind.dimensions)
 
 
 def _needed(operations: Sequence[_Operation], names: Sequence[str]) -> list[_Operation]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastvlm.errors import ExportError
 from fastvlm.export.parts import FLOAT32, Exported, Request, Source, Step, Tolerance, Written, needs, versions
+from fastvlm.export.verify import capacity
 from fastvlm.generate import make_cache, prefill
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.language import Qwen2
@@ -86,16 +87,14 @@ def _fill(writer: Any, gguf: Any, source: Source, request: Request, kind: Any) -
 
 def read(source: Source, request: Request, place: Path, precision: Precision) -> Exported:
     """Read the file back with the `gguf` package and compute with what it holds."""
-    del request
     (gguf,) = needs("gguf", "gguf")
     language = _read_language(gguf, place / _name(precision), source)
     model = FastVLM.__new__(FastVLM)
     torch.nn.Module.__init__(model)
     model.config, model.language = source.config, language
-    capacity = source.config.language.max_positions
 
     def begin() -> Step:
-        cache = make_cache(model, 1, min(capacity, 4096))
+        cache = make_cache(model, 1, capacity(source, request))
         return lambda embeds: prefill(model, embeds, [embeds.shape[1]], cache)
 
     return Exported(

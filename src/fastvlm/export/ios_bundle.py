@@ -22,12 +22,12 @@ from fastvlm.checkpoint.translate import Parts
 from fastvlm.config import VisionConfig
 from fastvlm.device import place as place_on
 from fastvlm.errors import ExportError
-from fastvlm.export.coreml import FEATURES, IMAGES, Runner, write_encoder
-from fastvlm.export.coreml import check as check_core_ml
+from fastvlm.export.coreml import FEATURES, IMAGES, Examples, Runner, write_encoder
+from fastvlm.export.coreml_convert import quiet
 from fastvlm.export.coreml_interpreter import Program
 from fastvlm.export.mlx import BITS, is_standard
-from fastvlm.export.parts import Exported, Request, Source, Tolerance, Written, folded_copy, versions
-from fastvlm.export.verify import eager_step
+from fastvlm.export.parts import Exported, Request, Source, Tolerance, Written, folded_copy, needs, versions
+from fastvlm.export.verify import capacity, eager_step
 from fastvlm.model.language import Qwen2
 from fastvlm.model.projector import Projector
 from fastvlm.options import Precision
@@ -43,8 +43,8 @@ TOLERANCES: Final[Mapping[Precision, Tolerance]] = {
 }
 ENCODER: Final = "fastvithd.mlpackage"
 SIZE: Final = 1024
+BORDERS: Final = {IMAGES: (torch.float32, (1, 3, SIZE, SIZE)), FEATURES: (torch.float32, (1, 256, 3072))}
 _WEIGHTS: Final = "model.safetensors"
-_CONTEXT: Final = 2048
 _PROJECTOR: Final = {"fc1": "linear_0", "fc2": "linear_2"}
 _INTEGERS: Final = (
     "hidden_size",
@@ -79,15 +79,16 @@ def check(source: Source, request: Request) -> int:
             f"Apple's app looks {IMAGE_MARK} up, whose id {source.tokenizer.image_id} has no row among "
             f"{language.vocab_size}; save the model with fastvlm convert --to hf first"
         )
-    check_core_ml(source, request)
+    with quiet():
+        needs("coreml", "coremltools")
     encoder = sum(weight.numel() for weight in source.checkpoint.model.vision.parameters())
-    return 4 * encoder + 2 * (source.num_parameters - encoder) + 2**25
+    return 8 * encoder + 2 * (source.num_parameters - encoder) + 2**25  # coremltools writes the encoder's twice
 
 
 def write(source: Source, request: Request, place: Path) -> Written:
     """Write the bundle: the folder's content goes into `app/FastVLM/model`."""
     model = folded_copy(source)
-    write_encoder(source, request, model, place / ENCODER, precision="fp32", with_projector=False)
+    write_encoder(Examples(source, request, model), place / ENCODER, precision="fp32", with_projector=False)
     entries = tensor_entries(source.checkpoint.model, torch.float16)
     stored = {name: entry for key, entry in entries.items() if (name := stored_name(key)) is not None}
     bits = BITS.get(request.precision)
@@ -102,6 +103,7 @@ def write(source: Source, request: Request, place: Path) -> Written:
         ],
         inputs={ENCODER: f"{IMAGES} [1, 3, {SIZE}, {SIZE}] -> {FEATURES} [1, 256, 3072]"},
         versions=versions("coremltools", "numpy"),
+        ends_in_features=True,
     )
 
 
@@ -120,7 +122,7 @@ def read(source: Source, request: Request, place: Path, precision: Precision) ->
         tolerance=TOLERANCES[precision],
         encode=encode,
         embed=predictor.model.language.embed,
-        begin=lambda: eager_step(predictor, min(_CONTEXT, source.config.language.max_positions)),
+        begin=lambda: eager_step(predictor, capacity(source, request)),
     )
 
 
@@ -189,7 +191,7 @@ def check_bundle(place: Path) -> None:
         raise ExportError(f"{place}/preprocessor_config.json: Apple's app needs {sorted(_CROP)} for {SIZE} pixels")
     _check_tokenizer(place, config)
     _check_weights(place, config)
-    _check_encoder(place)
+    check_encoder(place)
 
 
 def _check_tokenizer(place: Path, config: dict[str, Any]) -> None:
@@ -198,6 +200,8 @@ def _check_tokenizer(place: Path, config: dict[str, Any]) -> None:
             raise ExportError(f"{place}: missing {name}")
     settings = read_json(place / "tokenizer_config.json")
     added = {entry["content"]: int(id_) for id_, entry in settings["added_tokens_decoder"].items()}
+    if settings.get("tokenizer_class") != "Qwen2Tokenizer":
+        raise ExportError(f"{place}/tokenizer_config.json: the app's tokenizer is 'Qwen2Tokenizer'")
     if added.get(IMAGE_MARK) != config["image_token_index"] or settings["eos_token"] != "<|im_end|>":
         raise ExportError(
             f"{place}/tokenizer_config.json: {IMAGE_MARK} and the end of a turn are not what the app needs"
@@ -254,10 +258,14 @@ def _check_weights(place: Path, config: dict[str, Any]) -> None:
         raise ExportError(f"{place}/{_WEIGHTS}: {name!r} is {found}, Apple's app has {wanted}")
 
 
-def _check_encoder(place: Path) -> None:
-    program = Program(place / ENCODER)
-    if program.inputs != {IMAGES: torch.float32} or program.outputs != (FEATURES,):
-        raise ExportError(
-            f"{place}/{ENCODER} reads {sorted(program.inputs)} and gives {program.outputs}, Apple's app has "
-            f"{IMAGES} and {FEATURES}"
-        )
+def check_encoder(place: Path) -> None:
+    """Hold a bundle's Core ML package against what the app's code says of its inputs and outputs.
+
+    Raises:
+        ExportError: A name, a type or a shape is another.
+    """
+    borders = Program(place / ENCODER).borders
+    if borders != BORDERS:
+        name = min(name for name in borders.keys() | BORDERS.keys() if borders.get(name) != BORDERS.get(name))
+        found, wanted = borders.get(name, "missing"), BORDERS.get(name, "none")
+        raise ExportError(f"{place}/{ENCODER}: {name!r} is {found}, Apple's app has {wanted}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fastvlm.checkpoint.save import write_json
-from fastvlm.export.parts import Request, Source, Written
+from fastvlm.export.parts import Request, Source, Written, num_image_tokens
 
 MANIFEST: Final = "manifest.json"
 PARITY: Final = "parity.json"
@@ -34,10 +34,10 @@ def write_manifest(place: Path, source: Source, request: Request, written: Writt
             "resize": "bicubic, as Pillow",
             "mean": [0.0, 0.0, 0.0],
             "std": [1.0, 1.0, 1.0],
-            "tokens": (request.image_size // vision.stride) ** 2,
+            "tokens": num_image_tokens(source, request),
             "token_id": source.config.image_token_id,
             "has_dynamic_batch": request.has_dynamic_batch,
-            "ends_in": "image embeddings" if request.with_projector else "features",
+            "ends_in": "features" if written.ends_in_features else "image embeddings",
         },
         "language": {**language.to_dict(), "stop_ids": list(source.tokenizer.stop_ids)},
         "inputs_and_outputs": written.inputs,

@@ -19,7 +19,7 @@ from fastvlm.config import VisionConfig
 from fastvlm.device import place as place_on
 from fastvlm.errors import ExportError
 from fastvlm.export.parts import Exported, Request, Source, Tolerance, Written, folded_copy, versions
-from fastvlm.export.verify import draw_pictures, eager_step
+from fastvlm.export.verify import capacity, draw_pictures, eager_step
 from fastvlm.image import to_pixels
 from fastvlm.model import fold
 from fastvlm.model.fastvlm import FastVLM
@@ -38,7 +38,6 @@ TOLERANCES: Final[Mapping[Precision, Tolerance]] = {
 BITS: Final[Mapping[Precision, int]] = {"int8": 8, "int4": 4}
 _BYTES: Final[Mapping[Precision, float]] = {"fp16": 2, "bf16": 2, "int8": 1.1, "int4": 0.6}
 _FLOAT16_LIMIT: Final = 65_504 / 2  # other pictures may reach further than those that are drawn
-_CONTEXT: Final = 2048
 
 
 def check(source: Source, request: Request) -> int:
@@ -81,7 +80,7 @@ def read(source: Source, request: Request, place: Path, precision: Precision) ->
         tolerance=TOLERANCES[precision],
         encode=lambda pixels: predictor.model.encode(predictor.to_device(pixels)),
         embed=predictor.model.language.embed,
-        begin=lambda: eager_step(predictor, min(_CONTEXT, source.config.language.max_positions)),
+        begin=lambda: eager_step(predictor, capacity(source, request)),
     )
 
 

@@ -109,6 +109,8 @@ class Exported:
     tolerance: Tolerance
     encode: Callable[[Tensor], Tensor] | None = None
     """Pixels `(P, 3, H, W)` in [0, 1] to image embeddings `(P, N, D)`, or features `(P, N, C)` without projector."""
+    project: Callable[[Tensor], Tensor] | None = None
+    """Features `(P, N, C)` to image embeddings `(P, N, D)`, where the encoder ends in features."""
     embed: Callable[[Tensor], Tensor] | None = None
     """Token ids `(1, T)` to embeddings `(1, T, D)`."""
     begin: Callable[[], Step] | None = None
@@ -125,6 +127,8 @@ class Written:
     """Inputs and outputs of the files, `file: name [shape]`, for the manifest."""
     versions: dict[str, str] = field(default_factory=dict)
     """Packages that wrote the files."""
+    ends_in_features: bool = False
+    """Whether the encoder's file ends before the projector."""
 
 
 class ImageEncoder(nn.Module):
@@ -138,6 +142,11 @@ class ImageEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels `(P, 3, H, W)` to `(P, N, D)`, or to `(P, N, C)` without projector."""
         return self.projector(self.vision(pixels))
+
+
+def num_image_tokens(source: Source, request: Request) -> int:
+    """`N`: how many tokens a picture of the export's size takes."""
+    return int((request.image_size // source.config.vision.stride) ** 2)
 
 
 def folded_copy(source: Source) -> FastVLM:

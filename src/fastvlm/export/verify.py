@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from fastvlm.export.parts import Exported, Request, Source, Step, Tolerance
+from fastvlm.export.parts import Exported, Request, Source, Step, Tolerance, num_image_tokens
 from fastvlm.generate import forbidden, generate, make_cache, prefill
 from fastvlm.image import to_pixels
 from fastvlm.model.merge import merge
@@ -27,6 +27,7 @@ from fastvlm.synth.studio import Studio
 
 TOKENS: Final = 24  # of an answer that is compared
 MANY_PARAMETERS: Final = 100_000_000  # above it a token takes seconds, and fewer are compared
+ROOM: Final = 512  # positions for a question and its answer, beside the picture's
 SEED: Final = 4_000_000  # pictures that no training and no reported evaluation has seen
 _SHOWN: Final = 5
 _COLOURS: Final = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple")
@@ -90,6 +91,10 @@ def compare(
         pairs = [(row.image_values, row.own_image_values) for row in rows]
         report["features" if not request.with_projector else "image_embeds"] = found = _differences(pairs)
         failures += _above("features", found, tolerance.features, tolerance.cosine)
+    if exported.project is not None:
+        pairs = [(row.image_embeds, row.own_image_embeds) for row in rows]
+        report["image_embeds"] = found = _differences(pairs)
+        failures += _above("image embeddings", found, tolerance.features, tolerance.cosine)
     if exported.begin is not None:
         pairs = [row.logits for row in rows]
         report["logits"] = found = _differences(pairs)
@@ -123,7 +128,7 @@ class _Row:
         vision = source.config.vision
         self.pixels = to_pixels(picture.image, size=request.image_size, fit=vision.fit)  # (1, 3, H, W)
         self.picture = picture
-        num_tokens = (request.image_size // vision.stride) ** 2
+        num_tokens = num_image_tokens(source, request)
         self.prompt = tokenize([user(picture.question, 1)], source.tokenizer, num_tokens).token_ids
         self.tokenizer: Tokenizer = source.tokenizer
         self.num_tokens = TOKENS if source.num_parameters <= MANY_PARAMETERS else TOKENS // 3
@@ -142,15 +147,25 @@ class _Row:
     def _eager(self) -> Step:
         return eager_step(self.predictor, len(self.prompt) + self.num_tokens)
 
-    def _image_embeds(self, values: Tensor) -> Tensor:
+    @cached_property
+    def image_embeds(self) -> Tensor:
+        """The picture as eager's language model reads it, `(1, N, D)`."""
+        return self._projected(self.image_values)
+
+    @cached_property
+    def own_image_embeds(self) -> Tensor:
+        """The picture as the export's language model reads it."""
+        project = self.exported.project
+        return self._projected(self.own_image_values) if project is None else project(self.own_image_values).float()
+
+    def _projected(self, values: Tensor) -> Tensor:
         return values if self.request.with_projector else self.predictor.model.projector(values)
 
     @cached_property
     def answer(self) -> list[int]:
         """Eager's greedy answer, as `fastvlm predict` writes it, with `<|im_end|>` where it stopped."""
-        embeds = self._image_embeds(self.image_values)
         options = GenerationOptions(max_new_tokens=self.num_tokens)
-        (completion,) = generate(self.predictor.model, self.tokenizer, [self.prompt], embeds, options)
+        (completion,) = generate(self.predictor.model, self.tokenizer, [self.prompt], self.image_embeds, options)
         is_whole = completion.finish_reason == "length"
         return completion.token_ids if is_whole else [*completion.token_ids, self.tokenizer.im_end_id]
 
@@ -168,14 +183,14 @@ class _Row:
 
     def _own_prompt(self) -> Tensor:
         is_image = torch.tensor([self.prompt]) == self.tokenizer.image_id
-        return merge(self._own_embed(self.prompt).float(), self._image_embeds(self.own_image_values), is_image)
+        return merge(self._own_embed(self.prompt).float(), self.own_image_embeds, is_image)
 
     @cached_property
     def logits(self) -> tuple[Tensor, Tensor]:
         """Eager's logits and the export's along eager's answer, each `(T, V)`."""
         assert self.exported.begin is not None
         model = self.predictor.model
-        embeds = model.embed(torch.tensor([self.prompt]), self._image_embeds(self.image_values))
+        embeds = model.embed(torch.tensor([self.prompt]), self.image_embeds)
         return tuple(  # type: ignore[return-value]
             torch.cat([step(embeds), *(step(model.language.embed(torch.tensor([[id_]]))) for id_ in self.answer[:-1])])
             for step in (self._eager(), self.exported.begin())
@@ -188,8 +203,13 @@ class _Row:
             return None
         model, step = self.predictor.model, self._eager()
         ids = [*self.prompt, *self.answer[:same]]
-        logits = step(model.embed(torch.tensor([ids]), self._image_embeds(self.image_values)))[0]
+        logits = step(model.embed(torch.tensor([ids]), self.image_embeds))[0]
         return float((logits[self.answer[same]] - logits[self.own_answer[same]]).abs() / logits.abs().max())
+
+
+def capacity(source: Source, request: Request) -> int:
+    """How many positions a sentence of the comparison takes at most."""
+    return min(num_image_tokens(source, request) + ROOM, source.config.language.max_positions)
 
 
 def eager_step(predictor: Predictor, capacity: int) -> Step:

@@ -148,7 +148,8 @@ class ExportOptions:
     """Whether the encoder takes one picture or several at once; by default one in coreml, whose Neural Engine wants
     fixed shapes, and any number elsewhere."""
     with_projector: bool = False
-    """Put the projector behind the encoder of coreml, whose readers expect features; other formats have it there."""
+    """Put the projector behind the encoder of coreml, which otherwise ends in features; onnx and openvino have it there
+    always."""
     pictures: int | None = None
     """How many pictures are compared; by default 20, and 2 for models of more than 100 million weights."""
     keep: bool = False
