@@ -6,10 +6,10 @@
     python benchmarks/export.py 0.5b-loud coreml --precision fp16
 
 Writes `results/export-MODEL-FORMAT-PRECISIONS.json`. `0.5b` has random weights from seed 0, and is made once in the
-folder FASTVLM_SCRATCH, where that is set; in `0.5b-loud` the last stage of the encoder computes values a million times as
-large, beyond 65,504, and the final convolution makes them small again. `write_s` ends when the files are written, `wall_s` when they have been
-compared with eager; `cpu_s` is the time that all cores spent, which other programs on the machine lengthen less. The
-exports themselves are deleted.
+folder FASTVLM_SCRATCH, where that is set; in `0.5b-loud` the last stage of the encoder computes values a million times
+as large, beyond 65,504, and the final convolution makes them small again. `write_s` ends when the files are written,
+`wall_s` when they have been compared with eager; `cpu_s` is the time that all cores spent, which other programs on the
+machine lengthen less. The exports themselves are deleted.
 """
 
 import json

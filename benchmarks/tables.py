@@ -1,7 +1,8 @@
 """Write the tables of the documents from the JSON files in benchmarks/results: `python benchmarks/tables.py`.
 
 A table stands between `<!-- KIND: from benchmarks/results; make numbers -->` and `<!-- /KIND -->`; each file whose name
-begins with the kind gives one. Three documents have the scores of nano. A test says that all are what this makes.
+begins with the kind gives one. Three documents have the scores of nano, two what exports weigh and compute. A test says
+that all are what this makes.
 """
 
 import json
@@ -39,6 +40,56 @@ SCORED = {
     ROOT / "README.zh-CN.md": CHINESE,
     ROOT / "src" / "fastvlm" / "assets" / "nano" / "README.md": ENGLISH,
 }
+EXPORTS = {
+    "onnx": (
+        "ONNX Runtime; transformers.js in Node and in browsers",
+        "ONNX Runtime 1.32 on the CPU, always; transformers.js 4.3.1 in Node, `fp32` and `fp16`, in the tests",
+        "browsers, WebGPU; float16 arithmetic, which ONNX Runtime's CPU widens",
+    ),
+    "openvino": (
+        "OpenVINO; its GenAI `VLMPipeline`",
+        "OpenVINO 2026.4 on the CPU, always; GenAI once, by hand, see below",
+        "Intel's GPU and NPU; beams",
+    ),
+    "gguf-lm": (
+        "llama.cpp and what is built on it; language half only",
+        "every tensor, read back by the `gguf` package and computed with",
+        "llama.cpp itself; its tokenizer",
+    ),
+    "coreml": (
+        "Core ML: iOS 16 or macOS 13 for the encoder, iOS 18 or macOS 15 for the language model",
+        "the saved packages, executed operation by operation by our own interpreter",
+        "Core ML itself: that it compiles them, on which processor, how fast",
+    ),
+    "mlx": (
+        "mlx-vlm 0.7.10",
+        "the folder, loaded again, always; mlx-vlm's CPU build, in the tests",
+        "the GPU of a Mac",
+    ),
+    "ios-bundle": (
+        "Apple's app for iPhone, iPad and Mac",
+        "every file, key and tensor against what the app's loader reads; the numbers",
+        "the app",
+    ),
+}
+PRECISIONS = {
+    "onnx": ("fp32", "fp16", "int8", "q4", "q4f16"),
+    "openvino": ("fp32", "fp16"),
+    "gguf-lm": ("fp32", "fp16", "bf16", "int8"),
+    "coreml": ("fp32", "fp16", "int8"),
+    "mlx": ("bf16", "fp16", "int8", "int4"),
+    "ios-bundle": ("fp16", "int8", "int4"),
+}
+MODELS = {"nano": "nano", "05b": "0.5B", "05b-loud": "0.5B, loud"}
+EXPORTED = {
+    ROOT / "docs" / "export.md": ("onnx", "openvino", "gguf-lm"),
+    ROOT / "docs" / "export-apple.md": ("coreml", "mlx", "ios-bundle"),
+}
+THEIRS = {  # MB, as the file list of onnx-community/FastVLM-0.5B-ONNX says
+    "vision_encoder": {"fp32": 505, "fp16": 253, "int8": 223, "q4": 505, "q4f16": 253},
+    "embed_tokens": {"fp32": 544, "fp16": 272, "int8": 136, "q4": 544, "q4f16": 272},
+    "decoder_model_merged": {"fp32": 1980, "fp16": 992, "int8": 503, "q4": 317, "q4f16": 282},
+}
 
 
 def main() -> None:
@@ -58,7 +109,117 @@ def documents(folder: Path) -> dict[Path, str]:
         before, _, rest = path.read_text(encoding="utf-8").partition(begin)
         after = rest.partition(end)[2]
         made[path] = f"{before}{begin}\n\n{_scores(results, words)}\n\n{end}{after}"
+    exports = _exports(folder)
+    for path, formats in EXPORTED.items():
+        text = path.read_text(encoding="utf-8")
+        tables = {
+            "exports": _formats(exports),
+            "downloads": _downloads(exports),
+            "parity": _parity(exports, formats),
+            "times": _times(exports, formats),
+        }
+        for name, table in tables.items():
+            begin, end = f"<!-- {name}: from benchmarks/results; make numbers -->", f"<!-- /{name} -->"
+            before, _, rest = text.partition(begin)
+            if rest:
+                text = f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
+        made[path] = text
     return made
+
+
+def _exports(folder: Path) -> dict[tuple[str, str, str], tuple[Results, Results]]:
+    """By model, format and precision: the file of results, and its report of that precision."""
+    found = {}
+    for model in MODELS:
+        for name, precisions in PRECISIONS.items():
+            for path in sorted(folder.glob(f"export-{model}-{name}-*.json")):
+                results = json.loads(path.read_text(encoding="utf-8"))
+                for report in results["reports"]:
+                    assert report["precision"] in precisions, path
+                    found[model, name, report["precision"]] = results, report
+    order = [(model, name, each) for model in MODELS for name in PRECISIONS for each in PRECISIONS[name]]
+    return {key: found[key] for key in order if key in found}
+
+
+def _formats(exports: dict[tuple[str, str, str], tuple[Results, Results]]) -> str:
+    rows = []
+    for name, (reader, checked, unchecked) in EXPORTS.items():
+        sizes = []
+        for precision in PRECISIONS[name]:
+            results = exports.get(("05b", name, precision))
+            size = "" if results is None else f" {_megabytes(results[0], precision):,.0f} MB"
+            sizes.append(f"`{precision}`{size}")
+        rows.append((f"`{name}`", reader, ", ".join(sizes), checked, unchecked))
+    return _rows(
+        ("format", "who runs it", "precisions, and the size of 0.5B", "checked here", "not checked here"), rows
+    )
+
+
+def _megabytes(results: Results, precision: str) -> float:
+    """All files of one precision, where a folder holds several."""
+    files = results["megabytes"]
+    ending = "" if precision == "fp32" else f"_{precision}"
+    own = re.compile(rf"onnx/({'|'.join(THEIRS)}){ending}\.onnx(_data)?")
+    return sum(size for path, size in files.items() if not path.startswith("onnx/") or own.fullmatch(path))
+
+
+def _downloads(exports: dict[tuple[str, str, str], tuple[Results, Results]]) -> str:
+    precisions = [each for each in PRECISIONS["onnx"] if ("05b", "onnx", each) in exports]
+    rows = []
+    total = {each: [0.0, 0.0] for each in precisions}
+    for file, theirs in THEIRS.items():
+        row: list[object] = [file]
+        for each in precisions:
+            ending = "" if each == "fp32" else f"_{each}"
+            files = exports["05b", "onnx", each][0]["megabytes"]
+            size = sum(files.get(f"onnx/{file}{ending}.onnx{more}", 0.0) for more in ("", "_data"))
+            row += [f"{size:,.0f}", f"{theirs[each]:,}"]
+            total[each] = [total[each][0] + size, total[each][1] + theirs[each]]
+        rows.append(row)
+    rows.append(["together", *(f"{size:,.0f}" for each in precisions for size in total[each])])
+    return _rows(["file, MB", *(word for each in precisions for word in (each, "theirs"))], rows)
+
+
+def _parity(exports: dict[tuple[str, str, str], tuple[Results, Results]], formats: tuple[str, ...]) -> str:
+    rows = []
+    for (model, name, precision), (_, report) in exports.items():
+        if name not in formats:
+            continue
+        made = report.get("features") or report.get("image_embeds")
+        texts, count = report["texts"], report["pictures"]["count"]
+        ties = texts["equal_or_tied"] - texts["equal"]
+        equal = f"{texts['equal']} of {count}" + (f", {ties} at a tie" if ties else "")
+        rows.append((MODELS[model], f"`{name}`", precision, *_close(made), *_close(report.get("logits")), equal))
+    head = ("model", "format", "precision", "picture within", "cosine", "logits within", "cosine", "answers equal")
+    return _rows(head, rows)
+
+
+def _close(found: Results | None) -> tuple[str, str]:
+    if found is None:
+        return "-", "-"
+    within = f"{found['relative']:.1e}" if found["relative"] else "equal"
+    return within, f"{found['least_cosine']:.6f}" if "least_cosine" in found else ""
+
+
+def _times(exports: dict[tuple[str, str, str], tuple[Results, Results]], formats: tuple[str, ...]) -> str:
+    rows = []
+    for (model, name, precision), (results, _) in exports.items():
+        if model == "05b" and name in formats:
+            busy = results["load_average"]
+            rows.append(
+                (
+                    f"`{name}`",
+                    precision,
+                    f"{_megabytes(results, precision):,.0f}",
+                    results["write_s"],
+                    results["wall_s"],
+                    results["cpu_s"],
+                    results["peak_gb"],
+                    f"{busy['before']}, {busy['after']}",
+                )
+            )
+    head = ("format", "precision", "MB", "written, s", "and compared, s", "of processors, s", "peak GB", "load")
+    return _rows(head, rows)
 
 
 def _scores(results: Results, words: dict[str, tuple[str, ...]]) -> str:

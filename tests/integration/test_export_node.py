@@ -49,11 +49,28 @@ def exported(tmp_path_factory):
     from fastvlm.export.run import run
 
     return run(
-        ExportOptions(format="onnx", model="nano", out=str(tmp_path_factory.mktemp("onnx") / "nano"), pictures=1)
+        ExportOptions(
+            format="onnx",
+            model="nano",
+            out=str(tmp_path_factory.mktemp("onnx") / "nano"),
+            precision=("fp32", "fp16"),
+            pictures=COUNT,
+        )
     )
 
 
-def ask_node(packages, folder, scratch, questions):
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-4), ("fp16", 1e-2)])
+def test_onnx_runtime_gives_eagers_twenty_answers(exported, precision, limit):
+    reports = json.loads((exported / "parity.json").read_text())["reports"]
+
+    report = next(each for each in reports if each["precision"] == precision)
+
+    assert report["pictures"]["count"] == report["texts"]["equal"] == COUNT
+    assert report["image_embeds"]["relative"] <= limit
+    assert report["logits"]["relative"] <= limit
+
+
+def ask_node(packages, folder, scratch, questions, dtype="fp32"):
     rows = []
     for index, (image, pixels, question) in enumerate(questions):
         paths = {"image": scratch / f"{index}.png", "pixels": scratch / f"{index}.bin"}
@@ -63,7 +80,7 @@ def ask_node(packages, folder, scratch, questions):
             {"question": question, "prompt": render([user(question, 1)])}
             | {name: str(path) for name, path in paths.items()}
         )
-    request = {"packages": str(packages), "folder": str(folder), "dtype": "fp32", "max_new_tokens": TOKENS}
+    request = {"packages": str(packages), "folder": str(folder), "dtype": dtype, "max_new_tokens": TOKENS}
     (scratch / "request.json").write_text(json.dumps(request | {"questions": rows}))
     result = subprocess.run(
         ["node", str(SCRIPT), str(scratch / "request.json")], capture_output=True, text=True, check=False
@@ -72,7 +89,8 @@ def ask_node(packages, folder, scratch, questions):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_transformers_js_gives_our_answers_to_pictures_of_the_exports_size(packages, exported, tmp_path):
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_transformers_js_gives_our_answers_to_pictures_of_the_exports_size(packages, exported, dtype, tmp_path):
     predictor = load("nano", device="cpu", dtype="float32")
     side, fit = predictor.config.vision.image_size, predictor.config.vision.fit
     pictures = draw_pictures(COUNT)
@@ -80,7 +98,7 @@ def test_transformers_js_gives_our_answers_to_pictures_of_the_exports_size(packa
     pixels = [to_pixels(square, size=side, fit=fit) for square in squares]
     questions = [picture.question for picture in pictures]
 
-    answers = ask_node(packages, exported, tmp_path, zip(squares, pixels, questions, strict=True))
+    answers = ask_node(packages, exported, tmp_path, zip(squares, pixels, questions, strict=True), dtype)
 
     for picture, square, answer in zip(pictures, squares, answers, strict=True):
         ours = predictor.ask(picture.question, [square], options=GenerationOptions(max_new_tokens=TOKENS)).text

@@ -118,16 +118,14 @@ def test_what_does_not_fit_a_protobuf_lies_beside_it(goldens, tmp_path, monkeypa
     assert report_of(tmp_path / "out", "fp32")["failures"] == []
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_openvino_computes_what_eager_computes(goldens, tmp_path, precision):
+def test_openvino_in_half_precision_is_close(goldens, tmp_path):  # float32: test_export_nano.py
     pytest.importorskip("openvino")
 
     status = export(
-        tmp_path / "out", "--image-size", "64", "--precision", precision, name="openvino", tiny=goldens / "apple_tiny"
+        tmp_path / "out", "--image-size", "64", "--precision", "fp16", name="openvino", tiny=goldens / "apple_tiny"
     )
 
-    report = report_of(tmp_path / "out", precision)
+    report = report_of(tmp_path / "out", "fp16")
     assert status == 0
-    assert report["logits"]["relative"] <= (1e-4 if precision == "fp32" else 5e-2)
-    assert report["image_embeds"]["relative"] <= (1e-4 if precision == "fp32" else 1e-2)
-    assert not list((tmp_path / "out").glob("*.onnx*"))
+    assert report["logits"]["relative"] <= 5e-2
+    assert report["image_embeds"]["relative"] <= 1e-2

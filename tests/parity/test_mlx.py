@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,8 @@ def test_mlx_vlm_reads_our_quantised_groups_as_we_do(precision, tmp_path):
     assert sum(same) >= 3, list(zip(theirs, ours, strict=True))
 
 
-def test_mlx_vlm_runs_the_standard_encoder_as_it_comes(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_mlx_vlm_runs_the_standard_encoder_as_it_comes(precision, tmp_path):
     tokenizer = checkpoint.packaged_tokenizer()
     config = Config(
         vision=VisionConfig(image_size=256),
@@ -92,7 +94,11 @@ def test_mlx_vlm_runs_the_standard_encoder_as_it_comes(tmp_path):
     model = FastVLM(config)
     model.load_state_dict({name: make() for name, make in initial_values(model, 7).items()})
     source = checkpoint.save(model.eval(), tokenizer, tmp_path / "source")
-    folder = checkpoint.convert(source, "mlx", tmp_path / "mlx", dtype=torch.float32)
+    if precision == "fp32":
+        folder = checkpoint.convert(source, "mlx", tmp_path / "mlx", dtype=torch.float32)
+    else:
+        options = ExportOptions(format="mlx", model=str(source), out=str(tmp_path / "mlx"), precision=(precision,))
+        folder = run(replace(options, pictures=1, keep=True))
     pictures = draw_pictures(1)
 
     theirs = ask_mlx(folder, pictures, tmp_path)

@@ -101,8 +101,8 @@ def write(source: Source, request: Request, place: Path) -> Written:
     ]
     if islands is not None:
         notes.append(
-            f"{len(islands.results)} values of the encoder are computed in float32, {len(islands.large)} of them because "
-            f"they are large: up to {islands.largest:,.0f} on drawn pictures; float16 ends at 65,504."
+            f"{len(islands.results)} values of the encoder are computed in float32, {len(islands.large)} of them "
+            f"because they are large: up to {islands.largest:,.0f} on drawn pictures; float16 ends at 65,504."
         )
     return Written(
         notes=notes,

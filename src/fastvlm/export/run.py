@@ -119,8 +119,8 @@ def _request(options: ExportOptions, source: Source, module: ModuleType) -> Requ
     vision, room = source.config.vision, source.config.language.max_positions
     if vision.num_image_tokens >= room:
         raise InputError(
-            f"a picture of {vision.image_size} pixels takes {vision.num_image_tokens} tokens, the model's context holds "
-            f"{room}; take a smaller --image-size"
+            f"a picture of {vision.image_size} pixels takes {vision.num_image_tokens} tokens, the model's context "
+            f"holds {room}; take a smaller --image-size"
         )
     return Request(
         precisions=precisions,
