@@ -186,11 +186,22 @@ def _parity(exports: dict[tuple[str, str, str], tuple[Results, Results]], format
         if name not in formats:
             continue
         made = report.get("features") or report.get("image_embeds")
-        texts, count = report["texts"], report["pictures"]["count"]
+        texts, count, side = report["texts"], report["pictures"]["count"], report["pictures"]["image_size"]
         ties = texts["equal_or_tied"] - texts["equal"]
         equal = f"{texts['equal']} of {count}" + (f", {ties} at a tie" if ties else "")
-        rows.append((MODELS[model], f"`{name}`", precision, *_close(made), *_close(report.get("logits")), equal))
-    head = ("model", "format", "precision", "picture within", "cosine", "logits within", "cosine", "answers equal")
+        logits = report.get("logits")
+        rows.append((MODELS[model], f"`{name}`", precision, side, *_close(made), *_close(logits), equal))
+    head = (
+        "model",
+        "format",
+        "precision",
+        "pixels",
+        "picture within",
+        "cosine",
+        "logits within",
+        "cosine",
+        "equal answers",
+    )
     return _rows(head, rows)
 
 
@@ -204,17 +215,14 @@ def _close(found: Results | None) -> tuple[str, str]:
 def _times(exports: dict[tuple[str, str, str], tuple[Results, Results]], formats: tuple[str, ...]) -> str:
     rows = []
     for (model, name, precision), (results, _) in exports.items():
-        if model == "05b" and name in formats:
-            busy = results["load_average"]
+        if model == "05b" and name in formats and "cpu_s" in results:
+            busy = results.get("load_average", {"before": "-", "after": "-"})
             rows.append(
                 (
                     f"`{name}`",
                     precision,
                     f"{_megabytes(results, precision):,.0f}",
-                    results["write_s"],
-                    results["wall_s"],
-                    results["cpu_s"],
-                    results["peak_gb"],
+                    *(results.get(each, "-") for each in ("write_s", "wall_s", "cpu_s", "peak_gb")),
                     f"{busy['before']}, {busy['after']}",
                 )
             )
