@@ -15,9 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastvlm.checkpoint.adapter import write_adapter
 from fastvlm.checkpoint.load import load
-from fastvlm.checkpoint.push import prepare_upload
-from fastvlm.errors import CheckpointError
+from fastvlm.checkpoint.push import prepare_upload, send
+from fastvlm.errors import CheckpointError, InputError
+from fastvlm.train.learning import choose_what_learns
+from fastvlm.train.lora import take_adapter
 
 TINY = Path(__file__).parents[1] / "goldens" / "hf_tiny"
 STATE = "train_state.safetensors"
@@ -224,6 +227,24 @@ def test_a_trained_folder_keeps_the_licence_of_what_it_began_with(trained, tmp_p
     assert upload.licence == "apache-2.0"
     assert upload.files["LICENSE"] == base / "LICENSE"
     assert isinstance(upload.files["README.md"], bytes)
+
+
+@pytest.mark.parametrize(("base", "is_local"), [("/home/me/base", True), ("./base", True), ("me/base", False)])
+def test_an_adapter_of_a_model_that_nobody_else_has_is_not_sent(tmp_path, base, is_local):
+    model = load(TINY).model
+    choose_what_learns(model, {"vision": "frozen", "projector": "full", "language": "lora"}, rank=2, alpha=4, dropout=0)
+    adapter = take_adapter(model.state_dict(), ["projector"], base=base, rank=2, alpha=4, dropout=0)
+    write_adapter(tmp_path, adapter, model.config)
+    (tmp_path / "LICENSE").write_text("MIT License")
+
+    upload = prepare_upload(tmp_path, "me/cats")
+
+    card = upload.files["README.md"].decode()
+    assert upload.local_base == (base if is_local else None)
+    assert (base in card) is not is_local
+    if is_local:
+        with pytest.raises(InputError, match=r"names a folder of this machine as its base, .*base; .* fastvlm convert"):
+            send(upload, is_private=True, message="")
 
 
 def test_apples_licence_is_recognised(trained):

@@ -4,13 +4,14 @@ import contextlib
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Final
 
 import httpx2
 import huggingface_hub  # its names are imported when first used: half a second that only an upload pays
 import torch
 
+from fastvlm.checkpoint.adapter import base_of, is_adapter, read_adapter
 from fastvlm.checkpoint.hub import is_repository
 from fastvlm.checkpoint.load import load, load_encoder, recognise
 from fastvlm.checkpoint.reading import Weights, licence_files, read_json
@@ -18,7 +19,6 @@ from fastvlm.checkpoint.zoo import resolve
 from fastvlm.errors import CheckpointError, DownloadError, FastVLMError, InputError
 from fastvlm.options import FRESH
 
-ADAPTER: Final = "adapter_model.safetensors"
 CARD: Final = "README.md"
 _SENT: Final = re.compile(
     r"(model|model-\d{5}-of-\d{5}|clip_head|adapter_model)\.safetensors|model\.safetensors\.index\.json"
@@ -44,12 +44,14 @@ class Upload:
         files: Each name in the repository with the file, or the content, that it gets.
         kept_back: Names of what the folder holds beside them: training state, logs, options, anything unknown.
         licence: The hub's name of the licence; None when neither the folder nor the caller says it.
+        local_base: Of an adapter, the folder of this machine that it calls its base; None where others can find that.
     """
 
     repository: str
     files: dict[str, Path | bytes]
     kept_back: tuple[str, ...]
     licence: str | None
+    local_base: str | None = None
 
     def size(self, name: str) -> int:
         """Bytes of one file."""
@@ -95,7 +97,13 @@ def prepare_upload(folder: str | Path, repository: str, *, licence: str | None =
     if CARD not in files:
         files[CARD] = _card(place, repository, found or licence, summary, usage).encode()
     left = tuple(sorted(path.name for path in place.iterdir() if path.name not in files))
-    return Upload(repository=repository, files=dict(sorted(files.items())), kept_back=left, licence=found or licence)
+    return Upload(
+        repository=repository,
+        files=dict(sorted(files.items())),
+        kept_back=left,
+        licence=found or licence,
+        local_base=_local_base(place),
+    )
 
 
 def send(upload: Upload, *, is_private: bool, message: str) -> str:
@@ -104,11 +112,13 @@ def send(upload: Upload, *, is_private: bool, message: str) -> str:
     HF_TOKEN, or the token that the hub's own `hf auth login` has stored, says who is sending.
 
     Raises:
-        InputError: Nothing says under which licence.
+        InputError: Nothing says under which licence, or an adapter's base is a folder of this machine.
         DownloadError: The hub cannot be reached or refuses.
     """
     if upload.licence is None:
         raise InputError(f"{upload.repository}: nothing says under which licence; give --license, such as apache-2.0")
+    if upload.local_base is not None:
+        raise InputError(f"{upload.repository}: {local_base_remark(upload.local_base)}")
     api = huggingface_hub.HfApi()
     operations = [
         huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
@@ -120,6 +130,14 @@ def send(upload: Upload, *, is_private: bool, message: str) -> str:
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
         raise DownloadError(f"{upload.repository}: {_reason(error)}") from error
     return str(commit.commit_url)
+
+
+def local_base_remark(base: str) -> str:
+    """Say what is wrong with an adapter whose base nobody else has, and what helps."""
+    return (
+        f"adapter_config.json names a folder of this machine as its base, {base}; write the name of that model's "
+        f"repository there, or merge both: fastvlm convert --to hf"
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -142,10 +160,10 @@ def _reason(error: Exception) -> str:
 def _summary(place: Path, repository: str) -> tuple[str, list[str]]:
     """Load the folder, which is the proof that others can; say what it is, and the commands that use it."""
     pull = f"fastvlm models pull {repository}"
-    if (place / ADAPTER).is_file() and not (place / "config.json").is_file():
-        base = read_json(place / "adapter_config.json").get("base_model_name_or_path")
-        Weights([place / ADAPTER], place / ADAPTER)
-        return f"A LoRA adapter in PEFT's format for {base or 'a FastVLM'}.", []
+    if is_adapter(place):
+        base = "a FastVLM" if _local_base(place) is not None else base_of(place)
+        read_adapter(place)
+        return f"A LoRA adapter in PEFT's format for {base}.", []
     if recognise(Weights.open(place)) == "encoder":
         encoder = load_encoder(place)
         return f"A FastViTHD vision encoder of {_millions(encoder)} million parameters, in timm's names.", []
@@ -156,6 +174,15 @@ def _summary(place: Path, repository: str) -> tuple[str, list[str]]:
         f"and {vision.num_image_tokens} tokens of its language model."
     )
     return text, [pull, f'fastvlm predict --model {repository} --image cat.jpg --prompt "What is this?"']
+
+
+def _local_base(place: Path) -> str | None:
+    """The base model of an adapter, where that is a folder and no name that others know."""
+    if not is_adapter(place):
+        return None
+    base = base_of(place)
+    is_path = any(path(base).is_absolute() for path in (PurePosixPath, PureWindowsPath)) or base[:1] in (".", "~")
+    return base if is_path or Path(base).exists() else None
 
 
 def _millions(model: torch.nn.Module) -> str:

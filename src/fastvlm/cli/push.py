@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fastvlm.checkpoint.push import CARD, Upload, prepare_upload, send
+from fastvlm.checkpoint.push import CARD, Upload, local_base_remark, prepare_upload, send
 from fastvlm.cli.output import Output
 from fastvlm.options import PushOptions
 
@@ -27,5 +27,7 @@ def _remark(upload: Upload, output: Output) -> None:
         output.note(f"fastvlm: the folder has no {CARD}; this one would be sent, and may be written by you instead:")
         for line in card.decode().splitlines():
             output.note(f"    {line}")
+    if upload.local_base is not None:
+        output.note(f"fastvlm: --upload will be refused: {local_base_remark(upload.local_base)}")
     if upload.licence is None:
         output.note("fastvlm: nothing says under which licence; --upload will want --license")
