@@ -58,6 +58,16 @@ def test_a_sample_is_shown_with_what_is_learned_of_it_marked(check, data):
     ]
 
 
+def test_what_could_do_something_to_a_terminal_is_shown_as_letters(check, tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([row("\x1b[2JStra\u00dfe \x9b?\tQ", "A\x07")]))
+
+    out = check("--data", path, *MODEL)[1]
+
+    assert "  | \\x1b[2JStra\u00dfe \\x9b?\tQ<|im_end|>\\n" in out
+    assert "+ | A\\x07<|im_end|>\\n" in out
+
+
 def test_a_sample_that_cannot_be_used_is_shown_with_its_reason(check, data):
     out = check("--data", data, *MODEL, "--show", 1)[1]
 

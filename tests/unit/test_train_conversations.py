@@ -123,13 +123,14 @@ def test_openai_picture_parts_may_name_their_picture_in_each_way_in_use(key):
     assert read_row({"messages": turns}, FIND).pictures[0].path == IMAGES / "square.png"
 
 
-def test_picture_parts_without_a_picture_take_those_of_the_row_in_order():
+@pytest.mark.parametrize("key", ["image", "images"])
+def test_picture_parts_without_a_picture_take_those_of_the_row_in_order(key):
     turns = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]},
         {"role": "assistant", "content": "A"},
     ]
 
-    conversation = read_row({"messages": turns, "images": ["wide.png", "tall.png"]}, FIND)
+    conversation = read_row({"messages": turns, key: ["wide.png", "tall.png"]}, FIND)
 
     assert [picture.path.name for picture in conversation.pictures] == ["wide.png", "tall.png"]
     assert conversation.messages[0].content == (IMAGE, "\n", "and", IMAGE, "\n")
@@ -183,6 +184,7 @@ def test_questions_and_answers_are_turns():
 
 ASK, SAY = {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}
 LOOK = {"from": "human", "value": "<image> Q"}
+TEXT_TURNS = [{"role": "user", "content": "<image>\nQ"}, {"role": "assistant", "content": "A"}]
 
 
 @pytest.mark.parametrize(
@@ -217,6 +219,10 @@ LOOK = {"from": "human", "value": "<image> Q"}
         ({"image": [3], "conversations": [LOOK, SAY]}, "must be a name, bytes or a data: address"),
         ({"image": "nope.png", "conversations": [LOOK, SAY]}, r"there is no picture .*nope\.png"),
         ({"image": "https://x.org/a.png", "conversations": [LOOK, SAY]}, "is an address; download it"),
+        ({"video": "a.mp4", "conversations": [ASK, SAY]}, "`video` is not read"),
+        ({"image": "square.png", "messages": TEXT_TURNS}, "1 of 1 pictures have no picture part"),
+        ({"images": "square.png", "messages": TEXT_TURNS}, "1 of 1 pictures have no picture part"),
+        ({"messages": [TEXT_TURNS[0], TEXT_TURNS[1] | {"weight": 0}]}, "a `weight` of 0 is not read"),
         ({"image": "data:image/png,abc", "conversations": [LOOK, SAY]}, "must be base64"),
         ({"image": "data:image/png;base64,a*b", "conversations": [LOOK, SAY]}, "is not base64"),
     ],

@@ -283,6 +283,7 @@ def test_C5_a_source_that_changed_has_another_fingerprint(tmp_path, folder):
         "jsonl": lambda end: put(tmp_path / "a.jsonl", json.dumps(row("x" + end))),
         "csv": lambda end: put(tmp_path / "a.csv", f"image,caption\nsquare.png,{end}x"),
         "tar": lambda end: tar_of(tmp_path / "a.tar", [("a.png", SQUARE), ("a.txt", b"x" + end.encode())]),
+        "captions": lambda end: put(folder / "b.txt", f"x{end}").parent,
         "folder": lambda end: shutil.copyfile(IMAGES / f"{end or 'wide'}.png", folder / "z.png").parent,
     }
 

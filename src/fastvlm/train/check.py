@@ -14,6 +14,8 @@ from fastvlm.train.data import WORKER_TIMEOUT, alive, start_worker
 from fastvlm.train.dataset import ConversationDataset
 
 _AT_ONCE = 16
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""What could do something to a terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,4 +190,4 @@ def _text(token_ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
 def _escaped(text: str) -> str:
     text = text.replace("\\", "\\\\").replace("<|", "\\<|").replace(IMAGE_MARK[:-1], f"\\{IMAGE_MARK[:-1]}")
-    return text.replace("\r", "\\r").replace("\n", "\\n\n")
+    return text.replace("\r", "\\r").translate(_CONTROLS).replace("\n", "\\n\n")

@@ -23,6 +23,7 @@ MAX_PICTURE_BYTES: Final = 1 << 28
 PICTURE_KEYS: Final = ("image", "images", "file_name", "path")
 """What the column of a picture may be called, the first that is there."""
 CAPTION_KEYS: Final = ("caption", "text")
+_OTHER_MEDIA: Final = ("video", "videos", "audio", "audios")
 _LLAVA_ROLES: Final = {
     "human": "user",
     "gpt": "assistant",
@@ -122,7 +123,7 @@ def read_row(
     - LLaVA: `{"image": name or names, "conversations": [{"from": "human" | "gpt", "value": text}, ...]}`; each
       `<image>` in what a human says is the slot of the next picture.
     - OpenAI: `{"messages": [{"role": ..., "content": text or parts}, ...]}`; only picture parts are slots, `<image>`
-      in a text is letters. Parts without a picture of their own take those of `images`, in order.
+      in a text is letters. Parts without a picture of their own take those of `image` or `images`, in order.
     - Pictures and texts: `{"images": [...], "texts": [{"user": text, "assistant": text}, ...]}`; pictures come first.
     - A question: `{"image": ..., "question": text, "answer": text}`.
     - A caption: `{"image": ..., "caption": text}`; `text` is the same, `file_name` and `path` are `image`.
@@ -139,6 +140,8 @@ def read_row(
     """
     if not isinstance(row, Mapping):
         raise InputError(f"expected an object, got {type(row).__name__}")
+    if (strange := next((key for key in _OTHER_MEDIA if row.get(key)), None)) is not None:
+        raise InputError(f"`{strange}` is not read, only pictures are; give frames as `image`, or leave the row out")
     if row.get("messages") is not None:
         messages, pictures = _openai(row, find, shown)
     elif row.get("conversations") is not None:
@@ -160,9 +163,11 @@ def read_row(
     )
 
 
-def _pictures(row: Mapping[str, Any], find: Callable[[Any], Picture]) -> list[Picture]:
+def _pictures(
+    row: Mapping[str, Any], find: Callable[[Any], Picture], keys: Sequence[str] = PICTURE_KEYS
+) -> list[Picture]:
     """The pictures of a row: none, one or a list."""
-    key = next((key for key in PICTURE_KEYS if row.get(key) is not None), None)
+    key = next((key for key in keys if row.get(key) is not None), None)
     if key is None:
         return []
     value = row[key]
@@ -190,13 +195,15 @@ def _openai(
     turns = row["messages"]
     if not isinstance(turns, list) or not turns:
         raise InputError(f"`messages` must be a list of messages, got {turns!r:.80}")
-    beside = list(shown) if shown is not None else [find(value) for value in row.get("images") or []]
+    beside = list(shown) if shown is not None else _pictures(row, find, PICTURE_KEYS[:2])
     waiting = iter(beside)
     messages: list[Message] = []
     pictures: list[Picture] = []
     for turn in turns:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
             raise InputError(f"each message needs a `role` and a `content`, got {turn!r:.80}")
+        if turn.get("weight") not in (None, 1):
+            raise InputError(f"a `weight` of {turn['weight']!r:.20} is not read, every answer is learned; leave it out")
         content, found = _parts(turn.get("content"), find, waiting)
         pictures += found
         messages.append(Message(role=turn["role"], content=content))

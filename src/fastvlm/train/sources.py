@@ -190,7 +190,7 @@ class CaptionFolder:
 
     def __init__(self, folder: Path, pictures: Sequence[Path], read: Callable[..., Conversation]) -> None:
         self.name, self._pictures, self._read = folder.resolve().name, pictures, read
-        listed = "\n".join(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in pictures)
+        listed = "\n".join(f"{path.relative_to(folder).as_posix()} {_sizes(path)}" for path in pictures)
         self.fingerprint = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
 
     def __len__(self) -> int:
@@ -220,6 +220,12 @@ class CaptionFolder:
 def _caption_of(picture: Path) -> Path | None:
     places = (picture.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)
     return next((place for place in places if place.is_file()), None)
+
+
+def _sizes(picture: Path) -> str:
+    """Bytes of a picture and of its caption."""
+    paths = (picture, _caption_of(picture))
+    return " ".join("-" if path is None else str(path.stat().st_size) for path in paths)
 
 
 def _read_json(path: Path) -> list[Any]:
