@@ -18,11 +18,13 @@ from torch.testing import assert_close
 from fastvlm.checkpoint.load import assemble, load_encoder, load_language
 from fastvlm.checkpoint.save import write_encoder
 from fastvlm.config import LanguageConfig, VisionConfig
-from fastvlm.errors import CheckpointError, InputError
+from fastvlm.errors import CheckpointError, InputError, TrainingError
 from fastvlm.model.vision import FastViTHD
 from fastvlm.options import PretrainOptions
 from fastvlm.train.clip import TextTower, contrastive_loss, gather, recall
-from fastvlm.train.pretrain import order_of, run, split
+from fastvlm.train.folder import RunFolder
+from fastvlm.train.pairs import order_of, split
+from fastvlm.train.pretrain import run
 from fastvlm.train.start import draw_weights
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -210,6 +212,59 @@ def test_a_run_that_is_resumed_goes_on_as_if_it_had_not_ended(pairs, tiny_encode
         run(dataclasses.replace(halved, resume=True, lr=0.1))
     with pytest.raises(InputError, match="give another --output, or --resume"):
         run(halved)
+    (pairs / "000.txt").write_text("a picture of another kind")
+    with pytest.raises(InputError, match="was begun with other data than"):
+        run(dataclasses.replace(halved, resume=True))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_end_saves_and_goes_on(pairs, tiny_encoder, tmp_path):
+    small = {"steps": 4, "batch_size": 4, "heldout": 40, "dtype": "bfloat16"}
+    whole = run(options(pairs, tiny_encoder, tmp_path / "whole", **small))
+    asked = iter([False, False, False, True])
+
+    ended = run(options(pairs, tiny_encoder, tmp_path / "ended", **small), wants_end=lambda: next(asked))
+    assert RunFolder(ended).latest().facts["step"] == 3
+    assert not (ended / "curves.png").exists()
+    run(options(pairs, tiny_encoder, ended, resume=True, **small))
+
+    assert (ended / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    recalls = [json.loads((place / "metrics.jsonl").read_text().splitlines()[-1]) for place in (whole, ended)]
+    assert recalls[0]["recall"] == recalls[1]["recall"]
+
+
+def test_c6_pairs_that_cannot_be_used_are_left_out_and_listed(pairs, tiny_encoder, tmp_path):
+    for path in sorted(pairs.iterdir())[2 * 24 :]:
+        path.unlink()
+    (pairs / "017.png").write_bytes(b"nothing")
+    (pairs / "003.txt").write_text(" ")
+
+    folder = run(options(pairs, tiny_encoder, tmp_path / "out", heldout=2, steps=3, batch_size=8, max_bad_fraction=0.1))
+
+    listed = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
+    assert {Path(row["reason"].partition(":")[0]).name for row in listed} <= {"017.png", "003.png"}
+    assert listed
+    assert RunFolder(folder).latest().facts["step"] == 3
+    assert load_encoder(folder, image_size=64).config.clip_dim == 16
+
+
+def test_c8_a_loss_that_is_not_finite_ends_the_run_and_moves_nothing(pairs, tiny_encoder, tmp_path):
+    weights = load_file(tiny_encoder / "model.safetensors")
+    name = next(name for name in weights if weights[name].ndim == 4)
+    save_file(weights | {name: torch.full_like(weights[name], 3e38)}, tiny_encoder / "model.safetensors")
+
+    with pytest.raises(TrainingError, match="not a finite number in 2 steps on end, up to step 2"):
+        run(options(pairs, tiny_encoder, tmp_path / "out", max_skipped=2, batch_size=4, heldout=0))
+
+    assert not list((tmp_path / "out").glob("checkpoints/step-*"))
+
+
+def test_c15_a_second_run_in_the_folder_is_refused(pairs, tiny_encoder, tmp_path):
+    small = options(pairs, tiny_encoder, tmp_path / "out", steps=2, batch_size=4, heldout=0)
+    run(small)
+
+    with RunFolder(tmp_path / "out").locked(), pytest.raises(InputError, match="another run is at work here"):
+        run(dataclasses.replace(small, resume=True))
 
 
 def test_an_encoder_that_is_written_is_read_back_with_its_head(tmp_path):

@@ -104,6 +104,7 @@ def test_commands_refuse_what_is_out_of_range(kind, values):
         {"seed": 99999999999999999999},
         {"image_size": 0},
         {"dtype": "float16"},
+        {"model": "m", "learn_vision": "lora", "learn_language": "lora", "batch_norm": "learning"},
         {"encoder": "e"},
         {"language": "l"},
         {"model": "m", "encoder": "e", "language": "l"},

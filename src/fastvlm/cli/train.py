@@ -81,9 +81,14 @@ def _silent(_: str) -> None:
 
 
 def pretrain(options: PretrainOptions, output: Output) -> None:
-    """Pretrain an encoder; progress goes to standard error, the folder to standard output."""
-    report = _reporter(options, output)
-    output.line(os.fspath(run_pretraining(options, report=report)))
+    """Pretrain an encoder; progress goes to standard error, the folder to standard output; signals as for `run`."""
+    report = _reporter(options, output) if is_first_process() else _silent
+    with _ending(report) as asked:
+        folder = run_pretraining(options, report=report, wants_end=lambda: bool(asked))
+    if asked:
+        signal.raise_signal(asked[0])
+    if is_first_process():
+        output.line(os.fspath(folder))
 
 
 def resolved(options: TrainOptions | PretrainOptions) -> Iterator[str]:

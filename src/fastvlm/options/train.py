@@ -211,6 +211,10 @@ class TrainOptions:
             raise InputError("--dense is for a vision encoder that learns in full from drawn pictures (--data synth)")
         if self.batch_norm == "learning" and self.learn_vision == "frozen":
             raise InputError("--batch-norm learning does not go together with --learn-vision frozen")
+        if self.batch_norm == "learning" and self.learn_vision == "lora":
+            raise InputError(
+                "--batch-norm learning does not go together with --learn-vision lora: an adapter holds no statistics"
+            )
         if (self.encoder is None) != (self.language is None):
             raise InputError("--encoder and --language go together: give both, or --model")
         if self.encoder is not None and self.model != FRESH:
@@ -269,11 +273,15 @@ class PretrainOptions:
     log_every: int = 20
     """Steps between lines of the log."""
     save_minutes: float = 10.0
-    """Minutes between saved states."""
+    """Minutes between saved checkpoints."""
+    max_bad_fraction: float = 0.01
+    """Pairs that cannot be used are left out and listed in bad_samples.jsonl; a larger share of them ends the run."""
+    max_skipped: int = 20
+    """End the run after so many steps on end whose loss or gradient is not a finite number; each is skipped."""
     resume: bool = False
     """Go on from the state in the output folder, with the options that the run began with."""
     timeout: float = 600.0
-    """Seconds after which another process is taken for dead."""
+    """Seconds after which another process, or a worker that reads pairs, is taken for dead."""
     quiet: bool = False
     """No progress lines."""
 
@@ -300,6 +308,8 @@ class PretrainOptions:
             "seed": SEEDS,
             "log_every": (1, 10**9),
             "save_minutes": (0, 1e9),
+            "max_bad_fraction": (0, 1),
+            "max_skipped": (1, 10**9),
             "timeout": (1, 1e7),
         }
         for name, (low, high) in ranges.items():

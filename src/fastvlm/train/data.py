@@ -3,6 +3,7 @@
 Letters: `P` images, `H, W` pixels, `N` positions, `C` channels of vision, `B` rows, `T` tokens.
 """
 
+import os
 import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -252,8 +253,10 @@ def _collate_caught(
 
 
 def start_worker(_: int) -> None:
-    """Let a worker process leave Ctrl-C to the main one, and compute with one thread."""
+    """Let a worker process leave Ctrl-C and SIGTERM to the main one, and compute with one thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears Ctrl-C too, and ends the workers
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # SIGTERM to the whole group, as batch systems send it, is for the main process alone
     torch.set_num_threads(1)
 
 

@@ -1,159 +1,95 @@
-"""Stage 0: from pictures and captions to a vision encoder (`clip.py` has the model and the loss).
+"""Stage 0: from pictures and captions to a vision encoder (`clip.py` has model and loss, `pairs.py` the data)."""
 
-The order of the pairs and their crops are functions of the seed and of how many came before: a run can go on anywhere.
-"""
-
+import hashlib
 import json
 import logging
-import math
-import os
-import random
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from fastvlm.checkpoint.folder import replace_folder
 from fastvlm.checkpoint.load import load_encoder
-from fastvlm.checkpoint.reading import read_json
 from fastvlm.checkpoint.save import write_encoder
 from fastvlm.config import ENCODERS, PRESETS, LanguageConfig, VisionConfig, table_rows
 from fastvlm.device import Placement, flush_denormals, place
-from fastvlm.errors import CheckpointError, ConfigError, FastVLMError, InputError
-from fastvlm.image import resize
+from fastvlm.errors import ConfigError, FastVLMError, InputError, TrainingError
 from fastvlm.model.vision import FastViTHD
 from fastvlm.options import PretrainOptions
 from fastvlm.prompt import Tokenizer
 from fastvlm.train.clip import Clip, Recall, TextTower, average_gradients, contrastive_loss, gather, recall
 from fastvlm.train.conversations import PictureFolder
+from fastvlm.train.curves import plot
+from fastvlm.train.data import lost_worker
+from fastvlm.train.folder import RunFolder
+from fastvlm.train.learning import statistics
+from fastvlm.train.log import Log
 from fastvlm.train.optimizer import cosine
+from fastvlm.train.pairs import PairDataset, Pairs, batches, caption_of, locate, order_of, split
 from fastvlm.train.parallel import Group, local_placement, processes
+from fastvlm.train.skipped import Ledger, bad_samples_of, is_too_many, too_many
 from fastvlm.train.sources import Reading, Source, open_source
 from fastvlm.train.start import LAYER_SCALE, draw_weights
-from fastvlm.train.state import STATE, load_state, save_state
+from fastvlm.train.state import load_state, random_facts, save_state
 from fastvlm.train.tokenizer import build_tokenizer
 
 TEXT: Final = "text.safetensors"
-LOG: Final = "metrics.jsonl"
-OPTIONS: Final = "options.json"
 _FRESH: Final = {"nano": PRESETS["nano"].vision, **ENCODERS}
-FACTS: Final = "facts.json"
 _HEAD_DIM: Final = 64
 _MAY_CHANGE: Final = frozenset(
-    {"output", "config", "image_folder", "workers", "device", "log_every", "save_minutes", "resume", "quiet", "timeout"}
+    {
+        "output",
+        "config",
+        "image_folder",
+        "workers",
+        "device",
+        "log_every",
+        "save_minutes",
+        "resume",
+        "quiet",
+        "timeout",
+        "max_bad_fraction",
+        "max_skipped",
+    }
 )
 _CORPUS: Final = 20_000  # captions that the tokenizer is made from
 _MAX_WORDS: Final = 20_000  # that are one token each; others are spelled
 _CLIP_NORM: Final = 1.0  # of the gradient, as MobileCLIP trains
+_KEPT: Final = 2  # checkpoints
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """A picture and its caption."""
-
-    pixels: Tensor
-    """uint8, `(3, H, W)`."""
-    token_ids: list[int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """Rows of equal number: captions padded on the right."""
-
-    pixels: Tensor
-    """uint8, `(P, 3, H, W)`."""
-    token_ids: Tensor
-    """`(P, T)`."""
-    lengths: Tensor
-    """`(P,)`."""
-
-
-class PairDataset(Dataset[Pair | FastVLMError]):
-    """Pairs of several sources by number; an error is a value, because worker processes cannot raise one line."""
-
-    def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, options: PretrainOptions, size: int) -> None:
-        self.sources, self.tokenizer, self.options, self.size = sources, tokenizer, options, size
-
-    def __getitem__(self, item: tuple[int, int | None]) -> Pair | FastVLMError:
-        """Read pair `item[0]`; crop it as the number `item[1]` of the run, or show all of it."""
-        index, number = item
-        source, row = locate(self.sources, index)
-        try:
-            conversation = source.read(row)
-            caption = _caption(conversation.messages)
-            if not conversation.pictures:
-                raise InputError("no picture")
-            image = conversation.pictures[0].read()
-        except FastVLMError as error:
-            return InputError(f"{source.origin(row)}: {error}")
-        if number is not None:
-            image = _cropped(image, random.Random(f"{self.options.seed}/{number}"), self.options.min_crop)
-        square = resize(image, size=self.size, fit="pad")  # (H, W, 3)
-        token_ids = [*self.tokenizer.encode_text(caption)[: self.options.max_tokens - 1], self.tokenizer.end_of_text_id]
-        return Pair(pixels=torch.from_numpy(square.copy()).permute(2, 0, 1), token_ids=token_ids)
-
-
-def locate(sources: Sequence[Source], index: int) -> tuple[Source, int]:
-    """Find the source of pair `index`, the sources standing one behind another, and its number there."""
-    for source in sources:
-        if index < len(source):
-            return source, index
-        index -= len(source)
-    raise IndexError(index)
-
-
-def _caption(messages: Sequence[Any]) -> str:
-    text = "".join(part for part in messages[-1].content if isinstance(part, str)) if messages else ""
-    if not text.strip():
-        raise InputError("no caption")
-    return text.strip()
-
-
-def _cropped(image: Image.Image, rng: random.Random, min_crop: float) -> Image.Image:
-    """A random part of a picture, as wide for its height as the whole."""
-    side = math.sqrt(rng.uniform(min_crop, 1.0))
-    width, height = (max(1, round(side * extent)) for extent in image.size)
-    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
-    return image.crop((left, top, left + width, top + height))
-
-
-def _collate(items: Sequence[Pair | FastVLMError], pad_id: int) -> Pairs | FastVLMError:
-    pairs = [item for item in items if isinstance(item, Pair)]
-    if len(pairs) < len(items):
-        return next(item for item in items if isinstance(item, FastVLMError))
-    width = max(len(pair.token_ids) for pair in pairs)
-    rows = [pair.token_ids + [pad_id] * (width - len(pair.token_ids)) for pair in pairs]
-    return Pairs(
-        pixels=torch.stack([pair.pixels for pair in pairs]),
-        token_ids=torch.tensor(rows),
-        lengths=torch.tensor([len(pair.token_ids) for pair in pairs]),
-    )
-
-
-def run(options: PretrainOptions, *, report: Callable[[str], None] = logger.info) -> Path:
+def run(
+    options: PretrainOptions,
+    *,
+    report: Callable[[str], None] = logger.info,
+    wants_end: Callable[[], bool] = lambda: False,
+) -> Path:
     """Pretrain as the options say; return the folder, which `--encoder` takes.
 
+    Args:
+        options: What to learn from what, and how.
+        report: Takes lines for the user; of several processes the first reports.
+        wants_end: Asked before each step; once it says yes, the run saves and ends.
+
     Raises:
-        InputError: The options or the data cannot be used.
+        InputError: The options or the data cannot be used, or another run is at work in the folder.
         CheckpointError: The encoder or the state to go on from, or the folder, cannot be used.
-        TrainingError: Another process of the run is gone.
+        TrainingError: The run cannot go on.
     """
     placement = local_placement(place(options.device, options.dtype))
-    folder = Path(options.output)
+    folder = RunFolder(options.output)
     with processes(placement, "ddp", options.timeout) as group:
-        group.first(lambda: _check_folder(folder, is_resumed=options.resume))
+        report = report if group.is_first else _nothing
+        check = folder.require_state if options.resume else folder.refuse_others
+        group.first(check)
         if options.batch_size % group.world:
             raise InputError(f"batch_size ({options.batch_size}) must be a multiple of the processes ({group.world})")
         reading = Reading(images=PictureFolder(folder=Path(options.image_folder)))
@@ -163,76 +99,47 @@ def run(options: PretrainOptions, *, report: Callable[[str], None] = logger.info
             raise InputError(
                 f"{len(learned)} pairs to learn are fewer than a batch; give --batch-size {len(learned)} or less"
             )
-        tokenizer = _tokenizer(sources, learned)
+        tokenizer = _tokenizer(sources, learned, options.max_bad_fraction)
         model = _model(options, tokenizer).to(placement.device)
         model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         dataset = PairDataset(sources, tokenizer, options, model.vision.config.image_size)
-        pretraining = _Pretraining(options, model, dataset, learned, placement, group, folder)
-        group.first(lambda: _begin(folder, options))
-        if group.is_first:
+        with ExitStack() as held, flush_denormals():
+            group.first(lambda: held.enter_context(folder.locked()) and None)
+            group.first(check)  # again: another run may have come and gone while the data was opened
+            pretraining = _Pretraining(options, model, dataset, learned, placement, group, folder)
             millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.vision, model.text)]
             report(
                 f"an encoder of {millions[0]:.1f} and a text tower of {millions[1]:.1f} million parameters learn on "
                 f"{placement.device}, {placement.dtype_name}; {len(learned):,} pairs, {len(heldout):,} held out"
             )
-        with flush_denormals():
-            pretraining.go(report if group.is_first else _nothing)
-            found = evaluate(model, dataset, heldout, placement, options) if group.is_first else None
-        if found is not None:
-            report(
-                f"of {len(heldout):,} held-out pairs, the right caption is nearest for {found.caption_of_picture:.1%} "
-                f"of the pictures, the right picture for {found.picture_of_caption:.1%} of the captions"
-            )
-            _log(folder, {"step": options.steps, "recall": asdict(found), "heldout": len(heldout)})
-    return folder
+            try:
+                is_ended = pretraining.go(report, wants_end)
+            except RuntimeError as error:
+                if (lost := lost_worker(error)) is not None:
+                    raise lost from error
+                raise
+            if is_ended:
+                report(f"ended behind step {pretraining.step}, as asked; --resume goes on from there")
+            elif group.is_first:
+                pretraining.measure(heldout, report)
+    return folder.path
 
 
 def _nothing(_: str) -> None:
     """Lines of all processes but the first."""
 
 
-def _check_folder(folder: Path, *, is_resumed: bool) -> None:
-    if is_resumed and not (folder / STATE / FACTS).is_file():
-        raise CheckpointError(f"{folder}: no training state to resume from; expected {STATE}/{FACTS}")
-    if not is_resumed and folder.is_dir() and {path.name for path in folder.iterdir()} - {LOG, OPTIONS}:
-        raise InputError(f"{folder} exists and is not empty; give another --output, or --resume to go on")
-
-
-def _begin(folder: Path, options: PretrainOptions) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / OPTIONS).write_text(json.dumps(asdict(options), indent=1), encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
-
-
-def split(total: int, heldout: int, seed: int) -> tuple[list[int], list[int]]:
-    """Choose which pairs are learned and which, at most a tenth, only measured; a function of the seed."""
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    count = min(heldout, total // 10)
-    return order[count:], order[:count]
-
-
-def order_of(learned: Sequence[int], seed: int, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Give the pairs that come as numbers `first` to `last` of the run, each with its number.
-
-    Epochs stand behind one another, each in an order of its own.
-    """
-    for epoch in range(first // len(learned), -(-last // len(learned))):
-        order = torch.randperm(len(learned), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-        begin = epoch * len(learned)
-        yield from ((learned[i], begin + k) for k, i in enumerate(order) if first <= begin + k < last)
-
-
-def _tokenizer(sources: Sequence[Source], learned: Sequence[int]) -> Tokenizer:
-    """Make a tokenizer of the words of the captions."""
-    captions = []
+def _tokenizer(sources: Sequence[Source], learned: Sequence[int], max_bad_fraction: float) -> Tokenizer:
+    """Make a tokenizer of the words of the captions; those that cannot be read are too many here or left out later."""
+    captions, reasons = [], []
     for index in learned[:_CORPUS]:
         source, row = locate(sources, index)
         try:
-            captions.append(" " + _caption(source.read(row).messages))  # as words behind a space are counted
-        except FastVLMError as error:
-            raise InputError(f"{source.origin(row)}: {error}") from error
+            captions.append(" " + caption_of(source.read(row).messages))  # as words behind a space are counted
+        except (FastVLMError, OSError) as error:
+            reasons.append(f"{source.origin(row)}: {error}")
+    if is_too_many(len(reasons), min(len(learned), _CORPUS), len(learned), max_bad_fraction):
+        raise InputError(too_many(reasons, min(len(learned), _CORPUS), max_bad_fraction))
     return Tokenizer.from_json(
         json.dumps(build_tokenizer(captions, max_words=_MAX_WORDS)), origin="the captions' tokenizer"
     )
@@ -281,32 +188,19 @@ def _settings(config: VisionConfig, options: PretrainOptions, **changes: Any) ->
     return replace(config, image_size=options.image_size, clip_dim=options.clip_dim, **changes)
 
 
-def _loader(
-    dataset: PairDataset, items: Iterable[tuple[int, int | None]], batch_size: int, *, drop_last: bool
-) -> DataLoader[Pair | FastVLMError]:
-    workers = dataset.options.workers
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=items,
-        num_workers=workers,
-        collate_fn=partial(_collate, pad_id=dataset.tokenizer.end_of_text_id),
-        drop_last=drop_last,
-        worker_init_fn=_start_worker if workers else None,
-    )
-
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-
-
-def _embed(model: Clip, batch: Pairs | FastVLMError, placement: Placement) -> tuple[Tensor, Tensor]:
-    if isinstance(batch, FastVLMError):
-        raise batch
+def _embed(model: Clip, batch: Pairs, placement: Placement) -> tuple[Tensor, Tensor]:
     device = placement.device
     pixels = batch.pixels.to(device).to(placement.dtype).div_(255).contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, placement.dtype, enabled=placement.dtype != torch.float32):
         return model(pixels, batch.token_ids.to(device), batch.lengths.to(device))
+
+
+class _Step(NamedTuple):
+    """What a step came to, in all processes."""
+
+    loss: Tensor
+    norm: Tensor
+    is_skipped: bool
 
 
 class _Pretraining:
@@ -320,92 +214,183 @@ class _Pretraining:
         learned: Sequence[int],
         placement: Placement,
         group: Group,
-        folder: Path,
+        folder: RunFolder,
     ) -> None:
         self.options, self.model, self.dataset, self.learned = options, model, dataset, learned
         self.placement, self.group, self.folder = placement, group, folder
         self.optimizer = _optimizer(model, options)
         self.model.train()  # before the state is read: it holds the statistics that move
-        self.step = self._resumed() if options.resume else 0
+        self.step, self.num_skipped, self.seconds_before = 0, 0, 0.0
+        if options.resume:
+            self._resume()
+        group.first(self._begin)
+        self.log = Log(folder.path, tensorboard=False, wandb=False, options={}) if group.is_first else None
+        self.started = time.monotonic()
 
-    def go(self, report: Callable[[str], None]) -> None:
-        """Learn to the end and save."""
+    def _begin(self) -> None:
+        """Write what the folder holds before the first step."""
+        self.folder.write_options(asdict(self.options))
+        self.folder.cut_logs(self.step)
+
+    def go(self, report: Callable[[str], None], wants_end: Callable[[], bool]) -> bool:
+        """Learn to the end, or until asked to end, and save; return whether it was asked."""
         options, group = self.options, self.group
-        first, started, saved = self.step, time.monotonic(), time.monotonic()
+        first, saved, num_skipped_on_end = self.step, time.monotonic(), 0
+        is_ended = False
         losses: list[Tensor] = []
-        order = order_of(self.learned, options.seed, first * options.batch_size, options.steps * options.batch_size)
-        own = (item for item in order if item[1] % group.world == group.rank)
-        for batch in _loader(self.dataset, own, options.batch_size // group.world, drop_last=True):
+        for batch in self._batches():
+            _, is_ended = group.agree(0.0, ends=wants_end())
+            if is_ended:
+                break
             lr = options.lr * cosine(self.step / options.steps, warmup=options.warmup)
-            loss, norm = self._learn(batch, lr)
-            losses.append(loss)
+            result = self._learn(batch, lr)
             self.step += 1
-            if group.is_first and (self.step % options.log_every == 0 or self.step == options.steps):
-                row = {
-                    "step": self.step,
-                    "loss": float(torch.stack(losses).mean()),
-                    "lr": lr,
-                    "scale": float(self.model.scale().detach()),
-                    "grad_norm": float(norm),
-                    "samples_per_second": (self.step - first) * options.batch_size / (time.monotonic() - started),
-                }
+            if result.is_skipped:
+                self.num_skipped += 1
+                num_skipped_on_end += 1
+                if num_skipped_on_end >= options.max_skipped:
+                    raise TrainingError(
+                        f"the loss or its gradient was not a finite number in {num_skipped_on_end} steps on end, up to "
+                        f"step {self.step}; nothing was learned from them; lower --lr, or look at the data"
+                    )
+            else:
+                num_skipped_on_end = 0
+            losses.append(result.loss)
+            if self.step % options.log_every == 0 or self.step == options.steps:
+                self._report(report, losses, lr, result.norm, first)
                 losses = []
-                _log(self.folder, row)
-                report(
-                    f"step {self.step} ({self.step / options.steps:.1%})  loss {row['loss']:.4f}  "
-                    f"scale {row['scale']:.1f}  lr {lr:.2e}  {row['samples_per_second']:.0f} pairs/s"
-                )
             is_due = time.monotonic() - saved > 60 * options.save_minutes
             if group.first(partial(bool, is_due)):
                 self._save()
                 saved = time.monotonic()
+        if self.step and self.num_skipped == self.step and not is_ended:
+            raise TrainingError(
+                f"the loss or its gradient was not a finite number in any of the {self.step} steps; nothing was learned"
+            )
         self._save()
+        return is_ended
 
-    def _learn(self, batch: Pairs | FastVLMError, lr: float) -> tuple[Tensor, Tensor]:
-        """Take one step; return the loss of the whole batch and its gradient's norm."""
+    def _batches(self) -> Iterator[Pairs]:
+        """The batches of this process, from where the run is; all processes have as many pairs, as `gather` wants."""
+        options, group = self.options, self.group
+        begin = self.step * options.batch_size
+        order = order_of(self.learned, options.seed, begin, options.steps * options.batch_size)
+        ledger = Ledger(
+            len(self.dataset),
+            max_fraction=options.max_bad_fraction,
+            position=begin,
+            file=self.folder.path / bad_samples_of(group.rank),
+            source_of=self.dataset.source_of,
+            place=lambda number: number * group.world + group.rank,
+        )
+        own = (item for item in order if item[1] % group.world == group.rank)
+        for batch in batches(self.dataset, own, options.batch_size // group.world, drop_last=True, ledger=ledger):
+            yield batch.first(min(group.gather(len(batch.pixels))))
+
+    def _learn(self, batch: Pairs, lr: float) -> _Step:
+        """Take one step; one whose loss or gradient is not finite, or that has no pair, changes nothing."""
+        moved = statistics(self.model)
+        before = [buffer.clone() for buffer in moved]
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if not len(batch.pixels):
+            return _Step(torch.zeros(()), torch.zeros(()), is_skipped=False)
         pictures, captions = _embed(self.model, batch, self.placement)
         loss = contrastive_loss(gather(pictures), gather(captions), self.model.scale())
         torch.autograd.backward(loss)
         average_gradients(self.model)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP_NORM)
-        if bool(torch.isfinite(norm)):
+        is_finite = bool(torch.isfinite(norm))
+        if is_finite:
             self.optimizer.step()
             self.model.clamp_scale()
+        else:
+            for buffer, value in zip(moved, before, strict=True):
+                buffer.copy_(value)
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), norm
+        return _Step(loss.detach(), norm, not is_finite)
 
-    def _kept(self) -> dict[str, Any]:
-        """The options that a run may not change while it goes on."""
+    def _report(
+        self, report: Callable[[str], None], losses: Sequence[Tensor], lr: float, norm: Tensor, first: int
+    ) -> None:
+        if self.log is None:
+            return
+        row = {
+            "step": self.step,
+            "loss": float(torch.stack(list(losses)).mean()),
+            "lr": lr,
+            "scale": float(self.model.scale().detach()),
+            "grad_norm": float(norm),
+            "samples_per_second": (self.step - first) * self.options.batch_size / (time.monotonic() - self.started),
+            "num_skipped": self.num_skipped,
+        }
+        self.log.write(row)
+        report(
+            f"step {self.step} ({self.step / self.options.steps:.1%})  loss {row['loss']:.4f}  "
+            f"scale {row['scale']:.1f}  lr {lr:.2e}  {row['samples_per_second']:.0f} pairs/s"
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        """What a run is: the options that it may not change while it goes on, and its data."""
         kept: dict[str, Any] = json.loads(json.dumps(asdict(self.options)))
-        return {name: value for name, value in kept.items() if name not in _MAY_CHANGE}
+        prints = "\n".join(source.fingerprint for source in self.dataset.sources)
+        return {
+            "options": {name: value for name, value in kept.items() if name not in _MAY_CHANGE},
+            "data": hashlib.sha256(prints.encode()).hexdigest(),
+        }
 
     def _save(self) -> None:
-        """Write the encoder, the text tower and the state; each takes its place whole, the state last."""
-        self.group.first(lambda: _save_model(self.folder, self.model, self.dataset.tokenizer))
-        place = self.folder / f".{STATE}"
-        self.group.first(lambda: shutil.rmtree(place, ignore_errors=True))
-        save_state(place, self.model, self.optimizer, self.group)
+        self.group.spread(statistics(self.model))  # each process has its own; those of the first are the run's
+        facts = self._facts() | {
+            "step": self.step,
+            "samples": self.step * self.options.batch_size,
+            "num_skipped": self.num_skipped,
+            "seconds": self.seconds_before + time.monotonic() - self.started,
+            "random": random_facts(self.placement.device, self.group),
+        }
+        self.folder.save(
+            facts,
+            write_model=self._write_model,
+            write_state=lambda place: save_state(place, self.model, self.optimizer, self.group),
+            group=self.group,
+            keep=_KEPT,
+        )
 
-        def put() -> None:
-            facts = {"step": self.step, "options": self._kept()}
-            (place / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-            replace_folder(place, self.folder / STATE)
+    def _write_model(self, place: Path) -> None:
+        """Write the encoder, and the text tower and its tokenizer beside it."""
+        write_encoder(place, self.model.vision)
+        text = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.text.state_dict().items()}
+        save_file({**text, "logit_scale": self.model.logit_scale.detach().cpu()}, place / TEXT)
+        self.dataset.tokenizer.write(place)
 
-        self.group.first(put)
+    def _resume(self) -> None:
+        """Put weights and moments back."""
+        saved = self.group.first(self.folder.latest)
+        self._compare(saved.facts)
+        load_state(saved.state, self.model, self.optimizer, self.group)
+        self.step, self.num_skipped = saved.facts["step"], saved.facts["num_skipped"]
+        self.seconds_before = saved.facts["seconds"]
 
-    def _resumed(self) -> int:
-        """Put weights and moments back; return how many steps were done."""
-        place = self.folder / STATE
-        facts = read_json(place / FACTS)
-        before = facts.get("options")
-        for name, value in self._kept().items():
-            if not isinstance(before, dict) or before.get(name) != value:
-                known = before.get(name) if isinstance(before, dict) else None
-                raise InputError(f"{self.folder} was begun with {name} {known!r}, not {value!r}; resume with the same")
-        load_state(place, self.model, self.optimizer, self.group)
-        return int(facts["step"])
+    def _compare(self, before: Mapping[str, Any]) -> None:
+        """Refuse to go on with another run's state."""
+        now, path = self._facts(), self.folder.path
+        for name, value in now["options"].items():
+            if (known := before["options"].get(name)) != value:
+                raise InputError(f"{path} was begun with {name} {known!r}, not {value!r}; resume with the same")
+        if before.get("data") != now["data"]:
+            named = ", ".join(self.options.data)
+            raise InputError(f"{path} was begun with other data than {named} is: bring back what it was")
+
+    def measure(self, heldout: Sequence[int], report: Callable[[str], None]) -> None:
+        """Say how well pairs that were not learned find each other, and draw the curves; the first process does."""
+        found = evaluate(self.model, self.dataset, heldout, self.placement, self.options)
+        if found is not None and self.log is not None:
+            report(
+                f"of {len(heldout):,} held-out pairs, the right caption is nearest for {found.caption_of_picture:.1%} "
+                f"of the pictures, the right picture for {found.picture_of_caption:.1%} of the captions"
+            )
+            self.log.write({"step": self.step, "recall": asdict(found), "heldout": len(heldout)})
+        plot(self.folder.path)
 
 
 def _optimizer(model: Clip, options: PretrainOptions) -> torch.optim.AdamW:
@@ -423,31 +408,11 @@ def _optimizer(model: Clip, options: PretrainOptions) -> torch.optim.AdamW:
 def evaluate(
     model: Clip, dataset: PairDataset, heldout: Sequence[int], placement: Placement, options: PretrainOptions
 ) -> Recall | None:
-    """Measure recall at 1 among held-out pairs, shown whole; None when there are none."""
-    if not heldout:
-        return None
+    """Measure recall at 1 among held-out pairs, shown whole; None when there are none that can be used."""
     model.eval()
     items = [(index, None) for index in heldout]
-    found = [_embed(model, batch, placement) for batch in _loader(dataset, items, options.batch_size, drop_last=False)]
+    read = batches(dataset, items, options.batch_size, drop_last=False)
+    found = [_embed(model, batch, placement) for batch in read if len(batch.pixels)]
+    if not found:
+        return None
     return recall(torch.cat([pictures for pictures, _ in found]), torch.cat([captions for _, captions in found]))
-
-
-def _log(folder: Path, row: dict[str, Any]) -> None:
-    with (folder / LOG).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def _save_model(folder: Path, model: Clip, tokenizer: Tokenizer) -> None:
-    """Write the encoder, and the text tower and its tokenizer beside it; each file takes its place whole."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
-            place = Path(scratch)
-            write_encoder(place, model.vision)
-            text = {name: tensor.detach().cpu().contiguous() for name, tensor in model.text.state_dict().items()}
-            save_file({**text, "logit_scale": model.logit_scale.detach().cpu()}, place / TEXT)
-            tokenizer.write(place)
-            for path in sorted(place.iterdir()):
-                path.chmod(0o644)
-                os.replace(path, folder / path.name)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}") from error
