@@ -132,6 +132,41 @@ def test_c4_a_state_of_two_processes_is_gone_on_from_by_one(rows, alone, tmp_pat
     assert logged(folder, "loss") == pytest.approx(logged(alone, "loss"), rel=1e-5)
 
 
+def test_c4_low_rank_updates_of_three_processes_are_gone_on_from_by_two(rows, tmp_path):
+    flags = ["--learn-vision", "frozen", "--learn-language", "lora", "--lora-rank", 5, "--batch-size", 6, "--lr", 1e-3]
+    flags += ["--steps", 6, "--save-steps", 3, "--keep", 9, "--validation", rows, "--validate-every", 3]
+    alone = train(rows, tmp_path / "alone", *flags, processes=1)
+    folder = train(rows, tmp_path / "run", "--parallel", "fsdp", *flags, processes=3)
+    assert len(list(RunFolder(folder).latest().state.iterdir())) == 3
+    lose_after(folder, 3)
+
+    train(rows, folder, "--parallel", "fsdp", *flags, "--resume", processes=2)
+
+    assert len(list(RunFolder(folder).latest().state.iterdir())) == 2
+    ours, theirs = (
+        [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()] for place in (folder, alone)
+    )
+    for key in ("loss", "validation_loss"):
+        found = [row[key] for row in ours if key in row]
+        assert found == pytest.approx([row[key] for row in theirs if key in row], rel=1e-5), key
+        assert len(found) == (6 if key == "loss" else 2)
+    assert (
+        load_file(folder / "adapter_model.safetensors").keys() == load_file(alone / "adapter_model.safetensors").keys()
+    )
+
+
+def test_c11_sigterm_saves_what_two_processes_have_learned(rows, tmp_path):
+    folder = tmp_path / "run"
+    process = start(rows, folder, "--steps", 100_000, processes=2)
+    wait_for((folder / "metrics.jsonl").is_file, process)
+
+    process.send_signal(signal.SIGTERM)  # to torchrun, which passes it on
+    _, err = process.communicate(timeout=120)
+
+    assert process.returncode != 0
+    assert RunFolder(folder).latest().facts["step"] == logged(folder, "step")[-1], err[-2000:]
+
+
 def test_c4_another_batch_is_refused(rows, tmp_path):
     process = start(rows, tmp_path / "run", "--batch-size", 3, processes=2)
     _, err = process.communicate(timeout=300)

@@ -268,6 +268,19 @@ def test_c11_sigterm_saves_and_exits_143(rows, tmp_path):
 
 
 @pytest.mark.slow
+def test_c11_sigterm_to_all_processes_at_once_saves_too(rows, tmp_path):
+    folder = tmp_path / "run"
+    process = start(rows, folder, preexec=os.setsid, steps=100_000, workers=2)
+    wait_for_a_step(process, folder, 2)
+
+    os.killpg(process.pid, signal.SIGTERM)  # as batch systems do
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 143, err[-2000:]
+    assert RunFolder(folder).latest().facts["step"] == logged(folder, "step")[-1] >= 2
+
+
+@pytest.mark.slow
 def test_c11_ctrl_c_saves_and_exits_130_and_the_run_goes_on(rows, tmp_path):
     folder = tmp_path / "run"
     process = start(rows, folder, steps=100_000)

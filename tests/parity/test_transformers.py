@@ -93,18 +93,26 @@ def tiny_inputs(config):
     return {"input_ids": token_ids, "pixel_values": torch.rand(1, 3, side, side, generator=generator)}
 
 
-def test_peft_loads_our_adapter_and_computes_our_logits(tmp_path):
+@pytest.mark.parametrize(
+    "learning",
+    [
+        {"vision": "lora", "projector": "full", "language": "lora"},
+        {"vision": "lora", "projector": "lora", "language": "frozen"},
+        {"vision": "full", "projector": "full", "language": "lora"},
+    ],
+    ids=lambda learning: "-".join(learning.values()),
+)
+def test_peft_loads_our_adapter_and_computes_our_logits(tmp_path, learning):
     base = GOLDENS / "hf_tiny"
     model = checkpoint.load(base, dtype=torch.float32).model
-    choose_what_learns(
-        model, {"vision": "lora", "projector": "full", "language": "lora"}, rank=4, alpha=6.0, dropout=0.0
-    )
+    choose_what_learns(model, learning, rank=4, alpha=6.0, dropout=0.0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    adapter = take_adapter(model.state_dict(), ["projector"], base=str(base), rank=4, alpha=6.0, dropout=0.0)
+    whole = [part for part, mode in learning.items() if mode == "full"]
+    adapter = take_adapter(model.state_dict(), whole, base=str(base), rank=4, alpha=6.0, dropout=0.0)
     write_adapter(tmp_path, adapter, model.config)
     inputs = tiny_inputs(model.config)
 

@@ -93,6 +93,15 @@ def test_the_options_of_an_earlier_run_are_a_file_too(tmp_path):
     assert dataclasses.replace(after, config=None) == before
 
 
+def test_a_stage_beside_the_options_of_an_earlier_run_would_change_nothing_and_is_refused(tmp_path):
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps(dataclasses.asdict(options_of("--stage", "1", "--output", "o"))))
+
+    assert options_of("--config", str(path), "--stage", "1").stage == "1"
+    with pytest.raises(InputError, match=r"holds all options of an earlier run, of which --stage 2 would change none"):
+        options_of("--config", str(path), "--stage", "2")
+
+
 def test_what_a_run_says_of_itself_is_a_file_that_gives_the_same_run(file):
     before = options_of("--stage", "1.5", "--output", "o", "--lr", "1e-5", "--data", "a b.json", "--compile")
 

@@ -96,6 +96,25 @@ def test_a_run_with_kept_features_learns_what_one_without_does(tmp_path):
     assert losses(second) == pytest.approx(losses(plain), rel=1e-6)
 
 
+def test_a_conversation_of_the_validation_that_cannot_be_read_is_left_out_and_named(tmp_path, caplog):
+    (tmp_path / "images").mkdir()
+    for name in NAMES:
+        (tmp_path / "images" / name).write_bytes((GOLDENS / "images" / name).read_bytes())
+    (tmp_path / "images" / "cut.png").write_bytes((GOLDENS / "images" / "photo.jpg").read_bytes()[:3000])
+    data = [write(tmp_path / "data.json", [row(i) for i in range(4)])]
+    held = write(tmp_path / "held.json", [row(0, "cut.png"), row(1), row(2)])
+    settings = {"validation": (held,), "validate_every": 2, "image_folder": (str(tmp_path / "images"),)}
+
+    with caplog.at_level("WARNING"):
+        folder = run(options(data, tmp_path / "run", **settings))
+
+    shown = [json.loads(line)["question"] for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert shown == ["Question 1?", "Question 2?"] * 2
+    assert [line for line in caplog.messages if "cut.png" in line and "left out of the validation" in line] == [
+        caplog.messages[0]
+    ]
+
+
 def test_features_of_an_encoder_that_learns_are_not_kept(tmp_path):
     data = [write(tmp_path / "data.json", [row(1)])]
 

@@ -169,6 +169,20 @@ def test_c9_a_step_in_which_nothing_is_learned_is_no_number_that_is_not(given):
     assert (float(result.sums.sum()), result.is_skipped, trainer.num_skipped) == (0.0, False, 0)
 
 
+@pytest.mark.parametrize("statistics", [True, False])
+def test_c9_nothing_moves_in_a_step_in_which_nothing_is_learned(given, statistics):
+    trainer = trainer_of(given, statistics=statistics)
+    trainer.train_step([batch_of(given, [True])], 1.0)  # from here on there is momentum
+    before = copy.deepcopy(trainer.model.state_dict())
+    batch = batch_of(given, [True], seed=1)
+    batch.labels.fill_(IGNORE)
+
+    trainer.train_step([batch], 1.0)
+
+    assert changed(before, trainer.model) == set()
+    assert (trainer.step, trainer.num_skipped) == (2, 0)
+
+
 class WithExtra(Objective):
     """An objective with something of its own that learns."""
 

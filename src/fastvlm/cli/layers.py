@@ -71,8 +71,14 @@ def resolve(verb: str, args: Sequence[str]) -> tuple[str, list[str]]:
             raise InputError(f"{word} is LLaVA's; here it is {ours}; see docs/training.md")
     path = asked(args, "--config")
     stage = asked(args, "--stage")
-    if path is not None and stage is None and verb == "train":
-        stage = _stage_of(Path(path))
+    if path is not None and verb == "train":
+        of_file = _stage_of(Path(path)) if stage is None or path.endswith(".json") else None
+        if stage not in (None, "0", of_file) and path.endswith(".json"):
+            raise InputError(
+                f"{path} holds all options of an earlier run, of which --stage {stage} would change none; "
+                f"leave --stage out, or name a TOML file with what is to come before the stage"
+            )
+        stage = of_file if stage is None else stage
     if verb == "train" and stage == "0":
         verb, args = "pretrain", _without(args, "--stage")
     kind = TrainOptions if verb == "train" else PretrainOptions

@@ -155,9 +155,9 @@ class RunFolder:
         """
         name = f"step-{facts['step']:08d}"
         place = self.checkpoints / f".{name}.tmp"
-        if group.first(lambda: _is_whole(self.checkpoints / name)):
-            return  # when a run ends right behind a checkpoint
         try:
+            if group.first(lambda: self._is_there(self.checkpoints / name)):
+                return
             group.first(lambda: _empty(place))
             write_state(place / STATE)
             group.first(lambda: self._finish(place, self.checkpoints / name, facts, write_model, keep))
@@ -166,6 +166,13 @@ class RunFolder:
         finally:
             if group.is_first:
                 shutil.rmtree(place, ignore_errors=True)
+
+    def _is_there(self, saved: Path) -> bool:
+        """Whether a step is saved already, as when a run ends right behind it; a kill may have kept it from `load`."""
+        if not _is_whole(saved):
+            return False
+        self.publish(saved)
+        return True
 
     def _finish(
         self, place: Path, target: Path, facts: dict[str, Any], write_model: Callable[[Path], None], keep: int

@@ -266,7 +266,8 @@ class Trainer:
         """Learn from a step's pieces at `factor` times the highest learning rates.
 
         The loss is the mean over the learned tokens of all pieces in all processes, however they are cut. A step whose
-        loss or gradient is not finite changes nothing, not even BatchNorm's statistics; it is counted.
+        loss or gradient is not finite changes nothing, not even BatchNorm's statistics; it is counted. Neither does one
+        in which nothing is to be learned.
 
         Raises:
             TrainingError: Too many steps on end were skipped, or another process is gone.
@@ -279,14 +280,14 @@ class Trainer:
         losses = [self._learn(piece, num_tokens, len(pieces), is_last=piece is pieces[-1]) for piece in pieces]
         norm = self.group.clip_gradient(self.objective, self.clip)
         is_finite = bool(torch.isfinite(norm))
-        if is_finite:
+        is_empty = not num_tokens and all(piece.extra is None for piece in losses)
+        if is_finite and not is_empty:  # of an empty one, momentum and decay would move the weights all the same
             self.optimizer.step()
-            self.num_skipped_on_end = 0
         else:
-            self.num_skipped += 1
-            self.num_skipped_on_end += 1
             for buffer, value in zip(moved, before, strict=True):
                 buffer.copy_(value)
+        self.num_skipped += not is_finite
+        self.num_skipped_on_end = 0 if is_finite else self.num_skipped_on_end + 1
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.samples += self.group.world * sum(piece.num_samples for piece in pieces)

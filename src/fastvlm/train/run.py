@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fastvlm.checkpoint.adapter import write_adapter
 from fastvlm.checkpoint.build import shapes_only
@@ -28,6 +29,7 @@ from fastvlm.train.curves import plot
 from fastvlm.train.data import Batch, SynthDataset, batches, collate, lost_worker
 from fastvlm.train.dataset import ConversationDataset, open_dataset
 from fastvlm.train.dense import DenseObjective
+from fastvlm.train.facts import describe, differences
 from fastvlm.train.features import FeatureCache
 from fastvlm.train.folder import LOG, SAMPLES, RunFolder
 from fastvlm.train.learning import checkpoint_activations, choose_what_learns, modes, rates, set_train_mode, statistics
@@ -40,43 +42,12 @@ from fastvlm.train.parallel import Group, local_placement, processes
 from fastvlm.train.skipped import Ledger, bad_samples_of
 from fastvlm.train.stages import with_steps
 from fastvlm.train.start import folded_encoder, start_model
-from fastvlm.train.state import frozen_digest, load_state, random_facts, restore_random, save_state
+from fastvlm.train.state import learned_tensors, load_state, random_facts, restore_random, save_state
 from fastvlm.train.throughput import count_flops
 from fastvlm.train.validate import Validator
 
-_MAY_CHANGE: Final = frozenset(
-    {
-        "output",
-        "config",
-        "image_folder",
-        "assets",
-        "workers",
-        "device",
-        "compile",
-        "log_every",
-        "save_minutes",
-        "save_steps",
-        "keep",
-        "validation",
-        "validate_every",
-        "validation_samples",
-        "shown_answers",
-        "tensorboard",
-        "wandb",
-        "resume",
-        "allow_change",
-        "quiet",
-        "timeout",
-        "max_skipped",
-        "feature_cache",
-        "feature_cache_gb",
-        "max_bad_fraction",
-        # The same step in other pieces: equal but for the order of additions.
-        "accumulate",
-        "parallel",
-        "checkpoint_activations",
-    }
-)
+_ENDLESS: Final = 10**9
+"""Steps of a run that ends by the clock."""
 Follow = Callable[[Metrics], None]
 Score = Callable[[FastVLM, Tokenizer], Mapping[str, float]]
 """Measures a model while it learns: what the command line hands in, because training knows no evaluation."""
@@ -109,10 +80,12 @@ def run(
     placement = local_placement(place(options.device, options.dtype))
     with processes(placement, options.parallel, options.timeout) as group:
         folder = RunFolder(options.output)
-        group.first(folder.require_state if options.resume else folder.refuse_others)
+        check = folder.require_state if options.resume else folder.refuse_others
+        group.first(check)
         with contextlib.ExitStack() as held:
             one_run = _Run(options, placement, group, folder, report if group.is_first else _nothing)
             group.first(lambda: held.enter_context(folder.locked()) and None)
+            group.first(check)  # again: another run may have come and gone while the data was opened
             try:
                 one_run.go(follow if group.is_first else None, score, wants_end)
             except (MemoryError, RuntimeError) as error:
@@ -165,7 +138,8 @@ class _Run:
         self.learns_statistics = self.learns_vision and learns_statistics
         self.validator = None
         if options.validation:
-            self.validator = Validator(options, self.model, self.tokenizer, placement)
+            rows = options.batch_size // options.accumulate // group.world
+            self.validator = Validator(options, self.model, self.tokenizer, placement, rows=rows)
         self.facts: dict[str, Any] = {}
         self.encoder: FastViTHD | None = None
         self.log: Log | None = None
@@ -187,8 +161,14 @@ class _Run:
                     accumulate=options.accumulate,
                     log_every=options.log_every,
                 )
-                if trainer.step % options.validate_every:
+                # Who asks it to end waits for it to be saved.
+                if trainer.step % options.validate_every and not is_ended:
                     self._validate(trainer, score)
+            if trainer.step and trainer.num_skipped == trainer.step and not is_ended:
+                raise TrainingError(
+                    f"the loss or its gradient was not a finite number in any of the {trainer.step} steps; nothing was "
+                    f"learned; lower --lr, or look at the data and at {options.model}"
+                )
             self._save(trainer)
         finally:
             if self.log is not None:
@@ -205,17 +185,11 @@ class _Run:
         if not group.is_sharded:  # FSDP2 takes contiguous weights only
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(options.seed)  # of the updates' first values, the same in all processes
-        choose_what_learns(
-            model, self.learning, rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout
-        )
+        self._choose_what_learns(model)
         if options.checkpoint_activations:
             checkpoint_activations(model, learns_vision=self.learns_vision)
         set_train_mode(model, learns_vision=self.learns_vision, learns_statistics=self.learns_statistics)
-        self.facts = {
-            "options": _kept(options),
-            "data": _fingerprint(options, self.dataset),
-            "frozen": frozen_digest(model),
-        }
+        self.facts = describe(options, data=_fingerprint(options, self.dataset), tokenizer=self.tokenizer, model=model)
         self.encoder = None if self.learns_vision else folded_encoder(model, self.placement)
         if options.feature_cache is not None:
             _add_feature_cache(options, self.dataset, self.encoder, self.placement)
@@ -254,6 +228,12 @@ class _Run:
         self.first_step, self.seconds_before = trainer.step, facts.get("seconds", 0.0)
         return trainer
 
+    def _choose_what_learns(self, model: FastVLM) -> None:
+        options = self.options
+        choose_what_learns(
+            model, self.learning, rank=options.lora_rank, alpha=options.lora_alpha, dropout=options.lora_dropout
+        )
+
     def _resumed(self, objective: Objective, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Put everything back as it was saved; return the facts of the run so far."""
         saved = self.group.first(self.folder.latest)
@@ -264,19 +244,9 @@ class _Run:
 
     def _compare(self, before: Mapping[str, Any]) -> None:
         """Refuse to go on with another run's state."""
-        options, path = self.options, self.folder.path
-        changes = [
-            f"{path} was begun with {name} {before['options'].get(name)!r}, not {value!r}: resume with the same options"
-            for name, value in self.facts["options"].items()
-            if before["options"].get(name) != value
-        ]
-        if before.get("data") != self.facts["data"]:
-            changes.append(
-                f"{path} was begun with other data than {', '.join(options.data)} is: bring back what it was"
-            )
-        if before.get("frozen") != self.facts["frozen"]:
-            changes.append(f"{path} was begun with other frozen weights than {options.model} has: bring them back")
-        if changes and not options.allow_change:
+        path = self.folder.path
+        changes = differences(path, before, self.facts)
+        if changes and not self.options.allow_change:
             raise InputError(f"{changes[0]}, say --allow-change, or begin another run with --model {path}")
         for change in changes:
             logger.warning("%s", change)
@@ -386,7 +356,8 @@ class _Run:
         if isinstance(dataset, SynthDataset):
             return range(len(dataset))
         weights = [part.weight for part in parse_parts(options.data, options.image_folder) if part.weight is not None]
-        return dataset.order(seed=options.seed, length=options.steps * options.batch_size, weights=weights or None)
+        num_steps = options.steps if options.minutes is None else _ENDLESS
+        return dataset.order(seed=options.seed, length=num_steps * options.batch_size, weights=weights or None)
 
     def _cost(self, piece: Batch) -> float:
         """Seconds of the device's full speed that one sample needs."""
@@ -407,6 +378,11 @@ class _Run:
         return self.group.first(lambda: time.monotonic() - self.last_saved > 60 * options.save_minutes)
 
     def _save(self, trainer: Trainer) -> None:
+        if self.group.sum(sum(not bool(torch.isfinite(tensor).all()) for tensor in _weights(trainer.objective))):
+            raise TrainingError(
+                f"weights behind step {trainer.step} are not finite numbers and are not saved; "
+                f"the last checkpoint stays; lower --lr"
+            )
         # Each process has statistics of its own on a CPU; those of the first are the run's.
         self.group.spread(statistics(self.model))
         whole = _of_model(self.group.whole_state(trainer.objective))
@@ -447,6 +423,7 @@ class _Run:
         if self.group.world == 1:
             return self.model
         model = shapes_only(lambda: FastVLM(self.model.config))
+        self._choose_what_learns(model)
         model.load_state_dict(dict(state), assign=True)
         return model
 
@@ -518,15 +495,16 @@ class Share(Sequence[int]):
         return step * self.step_size + self.begin + offset
 
 
+def _weights(objective: Objective) -> Iterator[Tensor]:
+    """What was learned, but for counters: of each tensor the part that this process has."""
+    for tensor in learned_tensors(objective).values():
+        if tensor.is_floating_point():
+            yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _of_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The model's tensors among those of its objective."""
     return {name.removeprefix("model."): tensor for name, tensor in state.items() if name.startswith("model.")}
-
-
-def _kept(options: TrainOptions) -> dict[str, Any]:
-    """The options that a resumed run may not change, as JSON has them."""
-    kept = {name: value for name, value in asdict(options).items() if name not in _MAY_CHANGE}
-    return dict(json.loads(json.dumps(kept)))
 
 
 def _fingerprint(options: TrainOptions, dataset: SynthDataset | ConversationDataset) -> str:
@@ -539,6 +517,11 @@ def _dataset(options: TrainOptions, model: FastVLM, tokenizer: Tokenizer) -> Syn
     if "synth" in options.data:
         if len(options.data) > 1:
             raise InputError(f"--data synth stands alone, got {', '.join(options.data)}")
+        if options.epochs is not None:
+            raise InputError(
+                "--epochs says how often all of --data is learned, and drawn pictures (--data synth) have no end; "
+                "name --data of your own, or say --steps"
+            )
         assets = Path(options.assets) if options.assets else default_folder()
         read_assets(assets)  # so that missing assets are said here and not by a worker process
         return SynthDataset(assets, tokenizer, vision, seed=options.seed, length=100_000_000)

@@ -1,21 +1,25 @@
 """What is looked at while a model learns: the loss of conversations it does not learn, and its answers to some."""
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from fastvlm.device import Placement
+from fastvlm.errors import InputError
 from fastvlm.generate import generate
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.options import GenerationOptions, TrainOptions
 from fastvlm.prompt import IGNORE, Tokenizer
-from fastvlm.train.data import collate
+from fastvlm.train.data import Example, collate
 from fastvlm.train.dataset import open_dataset
 from fastvlm.train.loop import Objective, to_tensors
 from fastvlm.train.mixture import parse_parts
 
 _MAX_NEW_TOKENS = 64
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +34,16 @@ class Answered:
 class Validator:
     """Conversations that are not learned."""
 
-    def __init__(self, options: TrainOptions, model: FastVLM, tokenizer: Tokenizer, placement: Placement) -> None:
-        """Open them; they are read when they are needed, and small sets stay in memory.
+    def __init__(
+        self, options: TrainOptions, model: FastVLM, tokenizer: Tokenizer, placement: Placement, *, rows: int
+    ) -> None:
+        """Open them; they are read when they are needed, `rows` at once.
 
         Raises:
-            InputError: They are not there, or cannot be used.
+            InputError: They are not there, or too many of them cannot be used.
         """
-        self.options, self.tokenizer, self.placement = options, tokenizer, placement
+        self.options, self.tokenizer, self.placement, self.rows = options, tokenizer, placement, rows
+        self._left_out: set[int] = set()
         self.dataset = open_dataset(
             parse_parts(options.validation, options.image_folder),
             tokenizer,
@@ -45,6 +52,7 @@ class Validator:
             caption_prompt=options.caption_prompt,
             allow_absolute=options.allow_absolute_paths,
         )
+        self.dataset.survey(options.max_bad_fraction)
         size, wanted = len(self.dataset), options.validation_samples
         self.indices = list(range(size)) if size <= wanted else [i * size // wanted for i in range(wanted)]
         self._collate = partial(
@@ -61,10 +69,10 @@ class Validator:
         """Compute the mean loss of all learned tokens, the model being in evaluation mode."""
         objective = Objective(model)
         total, count = 0.0, 0
-        rows = max(1, self.options.batch_size // self.options.accumulate)
         device, dtype = self.placement.device, self.placement.dtype
-        for start in range(0, len(self.indices), rows):
-            batch = self._collate([self.dataset[i] for i in self.indices[start : start + rows]])
+        for start in range(0, len(self.indices), self.rows):
+            some = [self._read(i) for i in self.indices[start : start + self.rows]]
+            batch = self._collate([example for example in some if example is not None])
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 losses = objective(to_tensors(batch, self.placement))
             total += float(losses.sums.sum())
@@ -73,11 +81,22 @@ class Validator:
 
     def answers(self, model: FastVLM) -> list[Answered]:
         """Answer the first question of the first conversations, greedily."""
-        return [self._answer(model, i) for i in self.indices[: self.options.shown_answers]]
+        chosen = self.indices[: self.options.shown_answers]
+        return [self._answer(model, i, example) for i in chosen if (example := self._read(i)) is not None]
+
+    def _read(self, index: int) -> Example | None:
+        """Read a conversation; one that cannot be used is left out of every validation, and named once."""
+        try:
+            return self.dataset[index]
+        except InputError as error:
+            if index not in self._left_out:
+                self._left_out.add(index)
+                logger.warning("%s; left out of the validation", error)
+            return None
 
     @torch.no_grad()
-    def _answer(self, model: FastVLM, index: int) -> Answered:
-        example, messages = self.dataset[index], self.dataset.conversation(index).messages
+    def _answer(self, model: FastVLM, index: int, example: Example) -> Answered:
+        messages = self.dataset.conversation(index).messages
         at = next(i for i, message in enumerate(messages) if message.role == "assistant")
         begin = next(i for i, label in enumerate(example.labels) if label != IGNORE)
         prompt = example.token_ids[:begin]
