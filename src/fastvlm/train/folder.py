@@ -205,6 +205,7 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
             _share(path, temporary)
             os.replace(temporary, self.path / path.name)
+            temporary.unlink(missing_ok=True)  # which is left where both were names of one file already
 
     def _prune(self, keep: int) -> None:
         steps = sorted(self.checkpoints.glob("step-*"), reverse=True)
