@@ -3,8 +3,10 @@
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,12 @@ from fastvlm.train.assets import fetch_assets
 GOLDENS = Path(__file__).parent / "goldens"
 ASSETS = default_folder()  # before the tests' own home: fonts and emoji are fetched once a machine
 LOCAL = ("127.", "::1", "localhost")
+
+
+def pytest_configure():
+    """What a shell starts in the background ignores Ctrl-C, and so would the commands that tests start."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

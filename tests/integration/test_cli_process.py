@@ -87,12 +87,7 @@ def test_a_full_disk_is_said_in_one_line(quiet_environment, tiny):
 
 def start(words, environment):
     """Start a long answer and wait for its first bytes."""
-    # What a shell starts in the background ignores Ctrl-C, and its children inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     assert process.stdout.read(1)
     return process
 

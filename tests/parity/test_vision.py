@@ -94,9 +94,9 @@ def test_the_training_form_computes_what_apples_does(is_folded):
         fold.reparameterise_vision(vision)
     features = vision(golden["in"])
 
-    # Values reach 691 here, so 1e-4 is meant of the usual size of a value.
+    # Values reach 691 here, so 1e-4 is meant of the usual size of a value, and large ones carry float32's rounding.
     scale = golden["conv_exp"].abs().mean()
-    assert_close(features / scale, golden["conv_exp"].flatten(2).transpose(1, 2) / scale, rtol=1e-6, atol=1e-4)
+    assert_close(features / scale, golden["conv_exp"].flatten(2).transpose(1, 2) / scale, rtol=1e-5, atol=1e-4)
 
 
 def test_an_encoder_with_other_depths_is_read_by_its_shapes():

@@ -53,27 +53,30 @@ _BAR = "{l_bar}{bar:20}| {postfix}"
 
 @contextlib.contextmanager
 def _ending(report: Callable[[str], None]) -> Iterator[list[int]]:
-    """Note the first signal that asks to end, instead of ending; the second does what it did before."""
+    """Note the first signal that asks to end, instead of ending; the second does what it did before.
+
+    What is ignored stays so, as Ctrl-C is in what a shell runs in the background.
+    """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def note(number: int, _frame: FrameType | None) -> None:
         asked.append(number)
-        for other in numbers:
-            signal.signal(other, before[other])
+        for other, handler in before.items():
+            signal.signal(other, handler)
         report("ending: the step is finished and the run saved; once more to end at once")
 
-    for number in numbers:
+    for number in before:
         signal.signal(number, note)
     try:
         yield asked
     finally:
-        for number in numbers:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _silent(_: str) -> None:

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastvlm.device import random_state, set_random_state
 from fastvlm.errors import CheckpointError
+from fastvlm.train.data import lost_worker
 from fastvlm.train.learning import statistics
 from fastvlm.train.parallel import Group
 
@@ -66,6 +67,8 @@ def save_state(place: Path, objective: nn.Module, optimizer: torch.optim.Optimiz
             writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
             save(stored, storage_writer=writer, no_dist=group.world == 1)
     except (OSError, CheckpointException) as error:
+        if (lost := lost_worker(_cause(error))) is not None:  # it died while this was written
+            raise lost from error
         raise CheckpointError(f"{place} cannot be written: {_reason(error)}") from error
 
 
@@ -121,10 +124,13 @@ def _room_for(place: Path, name: str, size: tuple[int, ...], named: Mapping[str,
     return torch.zeros((), device=parameter.device if parameter.is_cuda else "cpu")
 
 
-def _reason(error: BaseException) -> str:
+def _cause(error: BaseException) -> BaseException:
     failures = getattr(error, "failures", None)
-    if failures:  # of each process
-        error = next(iter(failures.values()))[0]
+    return next(iter(failures.values()))[0] if failures else error  # of the first process that failed
+
+
+def _reason(error: BaseException) -> str:
+    error = _cause(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:160] or type(error).__name__
