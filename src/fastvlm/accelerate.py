@@ -1,18 +1,29 @@
 """Which operators a loaded model runs in: the default ones, compiled kernels, or another engine for a part of it."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from fastvlm.device import Placement
 from fastvlm.errors import DeviceError
-from fastvlm.model import fold, fused, quantized_cpu
+from fastvlm.model import fold, fused, packed, quantized_cpu
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.native import NativeQwen2, can_compile
 from fastvlm.model.openvino import OpenVinoVision
+from fastvlm.model.packed import forget_nothing
 from fastvlm.native.build import library
 from fastvlm.options import Engine
 
 
-def accelerate(model: FastVLM, placement: Placement, *, is_compiled: bool = False, engine: Engine = "torch") -> FastVLM:
+def accelerate(
+    model: FastVLM,
+    placement: Placement,
+    *,
+    is_compiled: bool = False,
+    engine: Engine = "torch",
+    forget: Callable[[Tensor], None] = forget_nothing,
+) -> FastVLM:
     """Fold a model, put it in its place, and exchange its parts for faster ones that compute the same, in place.
 
     Args:
@@ -20,6 +31,7 @@ def accelerate(model: FastVLM, placement: Placement, *, is_compiled: bool = Fals
         placement: Where it runs and in which format.
         is_compiled: Let kernels in C++ read few tokens at once.
         engine: What runs the vision encoder.
+        forget: Called with each weight of the language model that was copied and is not read again.
 
     Raises:
         DeviceError: What was asked for is not here, or not for this device.
@@ -39,4 +51,6 @@ def accelerate(model: FastVLM, placement: Placement, *, is_compiled: bool = Fals
         model.add_module("language", NativeQwen2(model.language, library(), torch.get_num_threads()))
     elif placement.device.type == "cpu":
         quantized_cpu.prepare(model)
+        if packed.can_pack(model.language):
+            packed.pack(model.language, forget)
     return model

@@ -4,7 +4,7 @@ Letters: `P` images, `N` positions of an image, `C` channels of vision, `D` widt
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from fastvlm.generate import (
 from fastvlm.image import Picture, opened, to_pixels
 from fastvlm.model.cache import KVCache
 from fastvlm.model.fastvlm import FastVLM
+from fastvlm.model.packed import forget_nothing
 from fastvlm.options import Engine, GenerationOptions, ImageOptions
 from fastvlm.prompt import Message, Tokenizer, system, tokenize, tokenize_follow_up, user
 from fastvlm.reuse import Position, Prefix, Reuse, identify, picture_key
@@ -154,15 +155,22 @@ class Predictor:
         *,
         name: str = "",
         load_ms: float = 0.0,
+        fingerprint: str = "",
         is_compiled: bool = False,
         engine: Engine = "torch",
+        forget: Callable[[Tensor], None] = forget_nothing,
     ) -> None:
         """Take a model in its stored form; it is folded for inference, moved to its place and made fast there.
+
+        `fingerprint` tells the stored weights from others; `num_parameters` counts them before they are folded;
+        `forget` gives back the memory of one that was copied.
 
         Raises:
             DeviceError: What `is_compiled` or `engine` ask for is not here.
         """
-        self.model = accelerate(model, placement, is_compiled=is_compiled, engine=engine)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.fingerprint = fingerprint
+        self.model = accelerate(model, placement, is_compiled=is_compiled, engine=engine, forget=forget)
         self.tokenizer, self.placement, self.name, self.load_ms = tokenizer, placement, name, load_ms
 
     @cached_property
@@ -503,8 +511,10 @@ def load(  # noqa: PLR0913  (what is loaded, and how it is to run)
         checkpoint.tokenizer,
         placement,
         name=str(name_or_folder),
+        fingerprint=checkpoint.fingerprint,
         is_compiled=compile,
         engine=engine,
+        forget=checkpoint.forget,
     )
     predictor.load_ms = 1000 * (time.perf_counter() - start)
     return predictor

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 import fastvlm.evaluate
+from fastvlm import checkpoint
+from fastvlm.checkpoint.zoo import resolve
 from fastvlm.errors import InputError
 from fastvlm.evaluate.report import Results, render
 from fastvlm.evaluate.run import Progress, mark, run, sum_up
@@ -182,7 +184,9 @@ def test_run_writes_what_it_returns(options, tmp_path) -> None:
     lines = [json.loads(line) for line in Path(names["samples"]).read_text("utf-8").splitlines()]
     assert [task["score"] for task in written["tasks"]] == [task.score for task in results.tasks]
     assert written["options"]["num_samples"] == 5
-    assert len(written["model"]["fingerprint"]) == 64
+    stored = checkpoint.load(resolve("nano"))
+    assert written["model"]["fingerprint"] == stored.fingerprint
+    assert written["model"]["parameters"] == sum(weight.numel() for weight in stored.model.parameters())
     assert [(line["task"], line["seed"]) for line in lines] == [
         (t, i) for t in ("counting", "reading") for i in range(5)
     ]

@@ -100,7 +100,7 @@ def test_bfloat16_is_nearer_to_float32_than_the_models_own_operators_are(kernels
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("packing", [Packing(8, ROW), Packing(8, 32), Packing(4, 32), Packing(4, 64)], ids=str)
 def test_quantised_matrices_are_read_packed(kernels, packing, scale_dtype):
-    config = LanguageConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=128, vocab_size=101, tied=True)
+    config = LanguageConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=192, vocab_size=101, tied=True)
     language = language_of(config)
     names = [name for name, module in language.named_modules() if isinstance(module, torch.nn.Linear)]
     matrices = {name: language.get_submodule(name).weight for name in [*names, "embed_tokens"]}
@@ -118,8 +118,8 @@ def test_quantised_matrices_are_read_packed(kernels, packing, scale_dtype):
 
     got = read_in_steps(native, steps_of(config, 1), cache_of(config, 1))
 
-    # floats() rounds product and sum to the scales' format; the kernels round only the sum of a row
-    tolerance = 1e-4 if scale_dtype == torch.float32 else 3e-2
+    # floats() rounds product and sum to the scales' format; the kernels round only activations, to 16 bits
+    tolerance = 3e-4 if scale_dtype == torch.float32 else 3e-2
     assert (got - expected).norm() < tolerance * expected.norm()
     assert_close(native.head(expected[-1:]), logits, rtol=1e-4, atol=tolerance * 10)
 

@@ -3,12 +3,13 @@
 import contextlib
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastvlm.checkpoint import apple, huggingface, mlx, timm
 from fastvlm.checkpoint.adapter import TENSORS as ADAPTER
@@ -23,6 +24,7 @@ from fastvlm.config import Config, Fit, LanguageConfig, ProjectorConfig, VisionC
 from fastvlm.errors import CheckpointError, ConfigError
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.language import Qwen2
+from fastvlm.model.packed import forget_nothing
 from fastvlm.model.vision import FastViTHD
 from fastvlm.prompt import Tokenizer
 
@@ -45,6 +47,7 @@ class Checkpoint:
         path: Where it came from.
         fingerprint: Tells weights apart; not a proof of integrity.
         licences: Names and contents of the licence, acknowledgement and readme files found.
+        forget: Gives back the memory behind a weight, mapped from the file, that was copied and is not read again.
     """
 
     model: FastVLM
@@ -53,6 +56,7 @@ class Checkpoint:
     path: Path
     fingerprint: str
     licences: dict[str, bytes]
+    forget: Callable[[Tensor], None] = forget_nothing
 
 
 def load(  # noqa: PLR0913  (where the parts are)
@@ -109,7 +113,7 @@ def load(  # noqa: PLR0913  (where the parts are)
         config = replace(config, image_token_id=_image_token_id(tokenizer, config, raw, origin, layout=layout))
         model = build(lambda: FastVLM(config), parts, dtype=dtype, device=device)
         licences = {file.name: file.read_bytes() for file in licence_files(place)}
-    return Checkpoint(model, tokenizer, layout, path, weights.fingerprint(), licences)
+    return Checkpoint(model, tokenizer, layout, path, weights.fingerprint(), licences, weights.forget_copied)
 
 
 def _load_adapted(path: Path, base: str | Path | None, **how: Any) -> Checkpoint:
@@ -126,7 +130,8 @@ def _load_adapted(path: Path, base: str | Path | None, **how: Any) -> Checkpoint
     if (settings := huggingface.image_settings(path)) is not None:
         set_image_size(checkpoint.model, *settings)
     mark = hashlib.sha256((path / ADAPTER).read_bytes()).hexdigest()
-    return replace(checkpoint, path=path, fingerprint=f"{checkpoint.fingerprint}+{mark[:16]}")
+    fingerprint = f"{checkpoint.fingerprint}+{mark[:16]}"
+    return replace(checkpoint, path=path, fingerprint=fingerprint, forget=forget_nothing)  # the file lacks the update
 
 
 def set_image_size(model: FastVLM, size: int, fit: Fit) -> None:

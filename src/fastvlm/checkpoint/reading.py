@@ -5,6 +5,7 @@ been checked against the length of its file. Pickles are never opened.
 """
 
 import contextlib
+import ctypes
 import json
 import math
 import mmap
@@ -186,10 +187,17 @@ class Weights:
     def forget(self, name: str) -> None:
         """Give back the memory behind a tensor that was copied; the file still holds it."""
         entry = self.entries[name]
-        start = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
-        if hasattr(mmap, "MADV_DONTNEED") and entry.stop - start >= mmap.PAGESIZE:
-            length = (entry.stop - start) // mmap.PAGESIZE * mmap.PAGESIZE
-            self._maps[entry.file].madvise(mmap.MADV_DONTNEED, start, length)
+        _forget(self._maps[entry.file], entry.start, entry.stop)
+
+    def forget_copied(self, tensor: Tensor) -> None:
+        """Do what `forget` does for a tensor that `read` returned; of any other nothing is given back.
+
+        Whoever reads it again reads the file: what was changed in it is lost.
+        """
+        for mapped in self._maps.values():
+            start = tensor.data_ptr() - ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+            if 0 <= start < len(mapped):
+                _forget(mapped, start, start + tensor.nbytes)
 
     def fingerprint(self) -> str:
         """Tell checkpoints apart in milliseconds: a hash of all names, shapes and the first bytes of each tensor."""
@@ -198,6 +206,12 @@ class Weights:
             digest.update(f"{name} {entry.dtype} {entry.shape} ".encode())
             digest.update(self._maps[entry.file][entry.start : min(entry.stop, entry.start + 256)])
         return digest.hexdigest()[:16]
+
+
+def _forget(mapped: mmap.mmap, start: int, stop: int) -> None:
+    start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    if hasattr(mmap, "MADV_DONTNEED") and stop - start >= mmap.PAGESIZE:
+        mapped.madvise(mmap.MADV_DONTNEED, start, (stop - start) // mmap.PAGESIZE * mmap.PAGESIZE)
 
 
 def _map(path: Path) -> mmap.mmap:

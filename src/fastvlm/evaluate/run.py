@@ -26,7 +26,6 @@ from fastvlm.evaluate.report import Answered, Bucket, Results, TaskResult
 from fastvlm.evaluate.tasks import BLOCK, Item, Task, choose, draw
 from fastvlm.generate import generate
 from fastvlm.metrics import score
-from fastvlm.model.fastvlm import FastVLM
 from fastvlm.options import EvalOptions, GenerationOptions, ImageOptions
 from fastvlm.predict import Predictor, load
 from fastvlm.prompt import tokenize, user
@@ -78,8 +77,8 @@ def run(options: EvalOptions, report: Callable[[Progress], None] | None = None) 
         tasks=[sum_up(task, answered[task.name], seconds[task.name]) for task in tasks],
         model={
             "name": predictor.name,
-            "fingerprint": fingerprint(predictor.model),
-            "parameters": sum(parameter.numel() for parameter in predictor.model.parameters()),
+            "fingerprint": predictor.fingerprint,
+            "parameters": predictor.num_parameters,
             "image_size": options.image_size or predictor.config.vision.image_size,
         },
         machine={
@@ -221,15 +220,6 @@ def _natural(label: str) -> tuple[Any, ...]:
     """Sort "< 5" before "5-8", and "5-8" before "16-20"."""
     number = re.search(r"\d+", label)
     return (int(number[0]) if number else -1, not label.startswith("<"), label)
-
-
-def fingerprint(model: FastVLM) -> str:
-    """Digest the weights as they are used, folded and in their format: which model gave these answers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _keep_failures(folder: Path, answered: Sequence[Answered], items: Sequence[Item]) -> None:

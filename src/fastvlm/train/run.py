@@ -19,6 +19,7 @@ from fastvlm.checkpoint.build import shapes_only
 from fastvlm.checkpoint.save import tensor_entries, write_folder
 from fastvlm.device import Placement, flush_denormals, matrix_flops_per_second, place
 from fastvlm.errors import InputError, TrainingError
+from fastvlm.model import fused
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.vision import FastViTHD
 from fastvlm.options import FRESH, TrainOptions
@@ -193,6 +194,8 @@ class _Run:
         self.encoder = None if self.learns_vision else folded_encoder(model, self.placement)
         if options.feature_cache is not None:
             _add_feature_cache(options, self.dataset, self.encoder, self.placement)
+        if self.encoder is not None and fused.can_fuse(self.encoder):
+            fused.fuse(self.encoder)  # after its weights were digested for the cache
         objective = Objective(
             model, self.encoder, sees_always=group.world > 1, recomputes=options.checkpoint_activations
         )
