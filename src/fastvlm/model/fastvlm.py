@@ -4,6 +4,9 @@ Letters: `P` images, `H, W` pixels, `N` positions, `C` channels of vision, `B` r
 `V` vocabulary.
 """
 
+from typing import Final
+
+import torch
 from torch import Tensor, nn
 
 from fastvlm.config import Config
@@ -11,6 +14,9 @@ from fastvlm.model.language import Qwen2
 from fastvlm.model.merge import merge, scatter
 from fastvlm.model.projector import Projector
 from fastvlm.model.vision import LAYER_SCALE, FastViTHD
+
+_PIXELS: Final = 2**21
+"""Seen at once on a CPU: the maps of more no longer stay in its caches, and each picture takes longer."""
 
 
 class FastVLM(nn.Module):
@@ -25,7 +31,10 @@ class FastVLM(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Turn pixels `(P, 3, H, W)` into image embeddings `(P, N, D)`: a value one may keep and ask again."""
-        return self.projector(self.vision(pixels))
+        if pixels.device.type != "cpu":
+            return self.projector(self.vision(pixels))
+        step = max(1, _PIXELS // (pixels.shape[-2] * pixels.shape[-1]))
+        return torch.cat([self.projector(self.vision(some)) for some in torch.split(pixels, step)])
 
     def embed(self, token_ids: Tensor, image_embeds: Tensor | None = None) -> Tensor:
         """Embed token ids `(B, T)` and put image embeddings `(P, N, D)` where the placeholders are.
