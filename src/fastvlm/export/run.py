@@ -52,7 +52,14 @@ FORMATS: Final = {
     "ios-bundle": "fastvlm.export.ios_bundle",
 }
 _FIXED: Final = ("coreml", "ios-bundle")  # formats that take one picture unless asked otherwise
-_FLOAT32_COPIES: Final = 2.5  # eager, what is being written, and what runs it
+_FLOAT32_COPIES: Final = {  # of all weights, at the most: eager, what is being written, and what runs it
+    "onnx": 3.6,
+    "openvino": 5.8,
+    "gguf-lm": 2.8,
+    "coreml": 4.1,
+    "mlx": 3.0,
+    "ios-bundle": 4.1,
+}
 _PICTURES: Final = 4  # traced, or before and behind a layer
 
 
@@ -76,7 +83,7 @@ def run(options: ExportOptions, *, report: Callable[[str], None] | None = None) 
     source = _source(options)
     request = _request(options, source, module)
     with staged_folder(options.out, overwrite=options.overwrite, marks=(MANIFEST,), is_known=is_of_export) as place:
-        _check_room(source, module.check(source, request), place)
+        _check_room(source, module.check(source, request), place, copies=_FLOAT32_COPIES[options.format])
         say(f"writing {options.format} ({', '.join(request.precisions)})")
         written = module.write(source, request, place)
         write_licences(place, source.checkpoint, written.notes)
@@ -130,7 +137,7 @@ def _request(options: ExportOptions, source: Source, module: ModuleType) -> Requ
     )
 
 
-def _check_room(source: Source, num_bytes: int, place: Path) -> None:
+def _check_room(source: Source, num_bytes: int, place: Path, *, copies: float) -> None:
     """See that disk and memory hold what comes, before an hour is spent on it."""
     free = shutil.disk_usage(place).free
     if free < num_bytes:
@@ -139,7 +146,7 @@ def _check_room(source: Source, num_bytes: int, place: Path) -> None:
         )
     vision = source.config.vision
     widest = 4 * _PICTURES * vision.dims[0] * (vision.image_size // 2) ** 2  # what the first convolution makes
-    needed, available = int(4 * source.num_parameters * _FLOAT32_COPIES) + widest, available_memory_bytes()
+    needed, available = int(4 * source.num_parameters * copies) + widest, available_memory_bytes()
     if available is not None and available < needed:
         raise ExportError(
             f"exporting {source.num_parameters:,} weights for pictures of {vision.image_size} pixels takes about "
