@@ -68,6 +68,12 @@ def test_parts_on_the_command_line_take_the_place_of_the_files_model(file):
     assert (options.encoder, options.language, options.model) == ("e", "l", TrainOptions(output="o").model)
 
 
+def test_drawn_pictures_may_be_named_beside_what_only_they_have():
+    options = options_of("--data", "synth", "--dense", "0.5", "--output", "o")
+
+    assert (options.data, options.dense) == (("synth",), 0.5)
+
+
 def test_a_switch_of_a_layer_below_can_be_turned_off():
     assert options_of("--stage", "2", "--output", "o").checkpoint_activations
     assert not options_of("--stage", "2", "--output", "o", "--no-checkpoint-activations").checkpoint_activations

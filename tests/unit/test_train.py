@@ -445,6 +445,15 @@ def test_a_drawn_example_is_a_function_of_the_seed_and_its_number(real_assets, n
     assert len({first[i].task for i in range(40)}) >= 4
 
 
+def test_drawn_conversations_fit_into_the_rows_that_are_the_default(real_assets, nano_words):
+    drawn = SynthDataset(real_assets, nano_words, fresh_config("nano", nano_words).vision, seed=5, length=99)
+
+    lengths = [len(drawn[i].token_ids) for i in range(24)]
+
+    assert max(lengths) <= TrainOptions(output="o").max_tokens
+    assert sum(length > 192 for length in lengths) > 4  # so that shorter rows would lose something
+
+
 def test_missing_pictures_are_named_with_their_row_before_anything_is_written(tmp_path):
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
     rows = [{"image": name, "conversations": turns} for name in ("square.png", "nope.png")]

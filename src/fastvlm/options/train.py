@@ -66,8 +66,8 @@ class TrainOptions:
     """Share of the run in which the learning rate rises."""
     weight_decay: float = 0.05
     """Decay of matrices and kernels."""
-    max_tokens: int = 192
-    """Positions of a row, image embeddings included."""
+    max_tokens: int = 320
+    """Positions of a row, image embeddings included; longer samples are left out, drawn ones lose their end."""
     workers: int = 2
     """Processes that draw or read pictures; 0 does it between the steps."""
     learn_vision: Learning = "full"
@@ -207,7 +207,7 @@ class TrainOptions:
             raise InputError(f"optimizer must be adamw or muon, got {self.optimizer!r}")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise InputError("--optimizer muon needs whole matrices: it does not go together with --parallel fsdp")
-        if self.dense and (self.data != ("synth",) or self.learn_vision != "full"):
+        if self.dense and (set(self.data) != {"synth"} or self.learn_vision != "full"):
             raise InputError("--dense is for a vision encoder that learns in full from drawn pictures (--data synth)")
         if self.batch_norm == "learning" and self.learn_vision == "frozen":
             raise InputError("--batch-norm learning does not go together with --learn-vision frozen")
