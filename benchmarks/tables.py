@@ -48,7 +48,7 @@ EXPORTS = {
     ),
     "openvino": (
         "OpenVINO; its GenAI `VLMPipeline`",
-        "OpenVINO 2026.4 on the CPU, always; GenAI once, by hand, see below",
+        "OpenVINO 2026.4 on the CPU, always; GenAI 2026.4.1, in the tests",
         "Intel's GPU and NPU; beams",
     ),
     "gguf-lm": (
