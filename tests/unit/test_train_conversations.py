@@ -223,6 +223,7 @@ TEXT_TURNS = [{"role": "user", "content": "<image>\nQ"}, {"role": "assistant", "
         ({"image": "square.png", "messages": TEXT_TURNS}, "1 of 1 pictures have no picture part"),
         ({"images": "square.png", "messages": TEXT_TURNS}, "1 of 1 pictures have no picture part"),
         ({"messages": [TEXT_TURNS[0], TEXT_TURNS[1] | {"weight": 0}]}, "a `weight` of 0 is not read"),
+        ({"messages": [TEXT_TURNS[0], TEXT_TURNS[1] | {"tool_calls": [{"id": "a"}]}]}, "`tool_calls` is not read"),
         ({"image": "data:image/png,abc", "conversations": [LOOK, SAY]}, "must be base64"),
         ({"image": "data:image/png;base64,a*b", "conversations": [LOOK, SAY]}, "is not base64"),
     ],

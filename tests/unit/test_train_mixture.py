@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fastvlm.errors import InputError
-from fastvlm.train.mixture import BLOCK, Order, parse_parts
+from fastvlm.options import TrainOptions
+from fastvlm.train.mixture import BLOCK, Order, parse_parts, parts_of
 from fastvlm.train.run import Share
 
 
@@ -109,3 +110,23 @@ def test_weights_and_folders_are_read_from_names(tmp_path, monkeypatch):
 def test_mixtures_that_contradict_themselves_say_so(data, folders, message):
     with pytest.raises(InputError, match=message):
         parse_parts(data, folders)
+
+
+@pytest.mark.parametrize(
+    ("folders", "data", "validation"),
+    [(("x",), ["x", "x"], ["x"]), (("x", "y", "z"), ["x", "y"], ["z"])],
+)
+def test_folders_of_pictures_are_one_for_all_or_one_for_each(folders, data, validation):
+    options = TrainOptions(output="o", data=("a", "b"), validation=("c",), image_folder=folders)
+
+    learned, looked_at = parts_of(options)
+
+    assert [str(part.images) for part in learned] == data
+    assert [(str(part.path), str(part.images)) for part in looked_at] == [("c", *validation)]
+
+
+def test_another_number_of_folders_names_both_lists():
+    options = TrainOptions(output="o", data=("a", "b"), validation=("c",), image_folder=("x", "y"))
+
+    with pytest.raises(InputError, match=r"given 2 times for 2 --data and 1 --validation; give one, or one for each"):
+        parts_of(options)

@@ -25,7 +25,7 @@ class TrainOptions:
     data: tuple[str, ...] = ("synth",)
     """`synth` draws nano's pictures; otherwise files or folders of samples (docs/data.md), as NAME or NAME:WEIGHT."""
     image_folder: tuple[str, ...] = (".",)
-    """Where the named pictures are; one folder for all --data, or one for each."""
+    """Where the named pictures are; one folder for all, or one for each --data and then for each --validation."""
     allow_absolute_paths: bool = False
     """Let rows name pictures by their whole path, anywhere on this machine."""
     caption_prompt: str = CAPTION_PROMPT

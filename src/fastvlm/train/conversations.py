@@ -204,6 +204,8 @@ def _openai(
             raise InputError(f"each message needs a `role` and a `content`, got {turn!r:.80}")
         if turn.get("weight") not in (None, 1):
             raise InputError(f"a `weight` of {turn['weight']!r:.20} is not read, every answer is learned; leave it out")
+        if (call := next((key for key in ("tool_calls", "function_call") if turn.get(key)), None)) is not None:
+            raise InputError(f"`{call}` is not read, and the answer would be learned without it; leave the row out")
         content, found = _parts(turn.get("content"), find, waiting)
         pictures += found
         messages.append(Message(role=turn["role"], content=content))

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastvlm.errors import InputError
+from fastvlm.options import TrainOptions
 
 BLOCK: Final = 10_000
 """In so many positions each source has exactly its share."""
@@ -56,6 +57,27 @@ def parse_parts(data: Sequence[str], image_folders: Sequence[str]) -> list[Part]
         bare = next(part.path for part in parts if part.weight is None)
         raise InputError(f"--data {bare} has no weight and others do; give each one, as in {bare}:0.5")
     return parts
+
+
+def parts_of(options: TrainOptions) -> tuple[list[Part], list[Part]]:
+    """Read what a run learns and what it is validated on, as `parse_parts` does.
+
+    The folders of pictures are one for all, or one for each `data` and behind them one for each `validation`.
+
+    Raises:
+        InputError: As `parse_parts`.
+    """
+    folders, num = options.image_folder, len(options.data)
+    if not options.validation:
+        return parse_parts(options.data, folders), []
+    if len(folders) == 1:
+        return parse_parts(options.data, folders), parse_parts(options.validation, folders)
+    if len(folders) != num + len(options.validation):
+        raise InputError(
+            f"--image-folder was given {len(folders)} times for {num} --data and {len(options.validation)} "
+            f"--validation; give one, or one for each, those of --validation last"
+        )
+    return parse_parts(options.data, folders[:num]), parse_parts(options.validation, folders[num:])
 
 
 def _split_weight(name: str) -> tuple[str, float | None]:

@@ -37,7 +37,7 @@ from fastvlm.train.learning import checkpoint_activations, choose_what_learns, m
 from fastvlm.train.log import Log
 from fastvlm.train.loop import Hooks, Metrics, Objective, Trainer
 from fastvlm.train.lora import take_adapter
-from fastvlm.train.mixture import parse_parts
+from fastvlm.train.mixture import parts_of
 from fastvlm.train.optimizer import build_optimizer, cosine
 from fastvlm.train.parallel import Group, local_placement, processes
 from fastvlm.train.skipped import Ledger, bad_samples_of
@@ -358,7 +358,7 @@ class _Run:
         options, dataset = self.options, self.dataset
         if isinstance(dataset, SynthDataset):
             return range(len(dataset))
-        weights = [part.weight for part in parse_parts(options.data, options.image_folder) if part.weight is not None]
+        weights = [part.weight for part in parts_of(options)[0] if part.weight is not None]
         num_steps = options.steps if options.minutes is None else _ENDLESS
         return dataset.order(seed=options.seed, length=num_steps * options.batch_size, weights=weights or None)
 
@@ -529,7 +529,7 @@ def _dataset(options: TrainOptions, model: FastVLM, tokenizer: Tokenizer) -> Syn
         read_assets(assets)  # so that missing assets are said here and not by a worker process
         return SynthDataset(assets, tokenizer, vision, seed=options.seed, length=100_000_000)
     conversations = open_dataset(
-        parse_parts(options.data, options.image_folder),
+        parts_of(options)[0],
         tokenizer,
         vision,
         max_tokens=options.max_tokens,

@@ -15,7 +15,7 @@ from fastvlm.prompt import IGNORE, Tokenizer
 from fastvlm.train.data import Example, collate
 from fastvlm.train.dataset import open_dataset
 from fastvlm.train.loop import Objective, to_tensors
-from fastvlm.train.mixture import parse_parts
+from fastvlm.train.mixture import parts_of
 
 _MAX_NEW_TOKENS = 64
 
@@ -45,7 +45,7 @@ class Validator:
         self.options, self.tokenizer, self.placement, self.rows = options, tokenizer, placement, rows
         self._left_out: set[int] = set()
         self.dataset = open_dataset(
-            parse_parts(options.validation, options.image_folder),
+            parts_of(options)[1],
             tokenizer,
             model.config.vision,
             max_tokens=options.max_tokens,
