@@ -100,7 +100,7 @@ def test_bfloat16_is_nearer_to_float32_than_the_models_own_operators_are(kernels
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("packing", [Packing(8, ROW), Packing(8, 32), Packing(4, 32), Packing(4, 64)], ids=str)
 def test_quantised_matrices_are_read_packed(kernels, packing, scale_dtype):
-    config = LanguageConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=192, vocab_size=101, tied=True)
+    config = LanguageConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=1088, vocab_size=101, tied=True)
     language = language_of(config)
     names = [name for name, module in language.named_modules() if isinstance(module, torch.nn.Linear)]
     matrices = {name: language.get_submodule(name).weight for name in [*names, "embed_tokens"]}

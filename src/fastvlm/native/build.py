@@ -15,6 +15,7 @@ from fastvlm.errors import DeviceError
 from fastvlm.folders import user_cache
 
 SOURCE: Final = Path(__file__).with_name("language.cpp")
+_INCLUDED: Final = SOURCE.with_name("matrix.h")
 _COMPILERS: Final = ("c++", "g++", "clang++")
 _FLAGS: Final = (
     "-O3",
@@ -80,7 +81,7 @@ def _fingerprint(compiler: str, flags: list[str]) -> str:
     """What decides the library: source, compiler, flags, processor, and this package's idea of the system."""
     told = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     facts = [told, *flags, platform.platform(), *sorted(cpu_flags())]
-    return hashlib.sha256("\n".join(facts).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(facts).encode() + SOURCE.read_bytes() + _INCLUDED.read_bytes()).hexdigest()[:16]
 
 
 def _build(compiler: str, flags: list[str], path: Path) -> None:

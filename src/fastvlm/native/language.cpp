@@ -1,41 +1,18 @@
 // Qwen2 for a few tokens at once: what decoding does, in one call a step.
 //
 // With few tokens the time goes into reading the weights, so every matrix is read once, in the format in which it is
-// stored, by all threads in turn; everything between matrices stays in caches. Sums are float32. Loops over LANES are
-// written so that the compiler turns them into the widest vectors of the machine. Only products of bytes, which no
-// compiler finds, are spelled out, for processors with AVX512-VNNI; others make floats of the bytes.
+// stored, by all threads in turn; everything between matrices stays in caches. Sums are float32.
 //
 // Letters: T tokens, D width, A query heads, G key/value heads, E width of a head, K inputs and N outputs of a matrix.
 
 #include <atomic>
-#include <cmath>
 #include <condition_variable>
-#include <cstdint>
-#include <cstring>
 #include <mutex>
 #include <thread>
-#include <vector>
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#define HAS_BYTE_PRODUCTS 1
-#else
-#define HAS_BYTE_PRODUCTS 0
-#endif
+#include "matrix.h"
 
 namespace {
-
-constexpr int LANES = 16;
-
-struct Matrix {           // (N, K) row by row; fields as in fastvlm/model/native.py
-    const void* weight;   // float32, bfloat16, bytes, or two 4-bit numbers a byte, the lower half first
-    const void* scales;   // (N, groups), for 8 and 4 bits: weight = number * scale + bias of its group
-    const void* biases;
-    const float* bias;    // (N) or null: added to the output
-    int64_t rows, columns, group;
-    int32_t bits;         // 32, 16, 8 or 4
-    int32_t scale_bits;   // 32 or 16: format of scales and biases
-};
 
 struct Layer {
     const float* input_norm;
@@ -57,39 +34,6 @@ struct Cache {                 // (layers, rows, G, capacity, E), contiguous
     void* values;
     int64_t num_rows, capacity;
 };
-
-inline float from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline float load(const void* base, int64_t index, int bits) {
-    if (bits == 32) return static_cast<const float*>(base)[index];
-    return from_bits(static_cast<uint32_t>(static_cast<const uint16_t*>(base)[index]) << 16);
-}
-
-inline void put(float value, float& out) { out = value; }
-
-inline void put(float value, uint16_t& out) {
-    uint32_t raw;
-    std::memcpy(&raw, &value, sizeof raw);
-    out = static_cast<uint16_t>((raw + 0x7fff + ((raw >> 16) & 1)) >> 16);  // to the nearest, ties to even
-}
-
-inline void store(void* base, int64_t index, int bits, float value) {
-    if (bits == 32) {
-        static_cast<float*>(base)[index] = value;
-        return;
-    }
-    put(value, static_cast<uint16_t*>(base)[index]);
-}
-
-inline float sum(const float* lanes) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; ++lane) total += lanes[lane];
-    return total;
-}
 
 // Threads that wait between calls and meet at barriers inside one.
 class Pool {
@@ -163,204 +107,6 @@ private:
     std::atomic<int> num_running{0}, num_here{0}, phase{0};
 };
 
-// One vector as the kernels read it: in order, and its even and odd members apart (packed pairs are read as pairs).
-struct Vector {
-    std::vector<float> plain, even, odd;
-
-    explicit Vector(int64_t size) : plain(size), even(size / 2 + 1), odd(size / 2 + 1) {}
-
-    void put(int64_t index, float value) {
-        plain[index] = value;
-        (index & 1 ? odd : even)[index >> 1] = value;
-    }
-};
-
-// A row of an 8- or 4-bit matrix as floats, or as bfloat16.
-template <typename Out>
-void unpack(const Matrix& m, int64_t row, Out* out) {
-    const int64_t num_groups = m.columns / m.group;
-    const uint8_t* weight = static_cast<const uint8_t*>(m.weight) + row * m.columns * m.bits / 8;
-    for (int64_t group = 0; group < num_groups; ++group) {
-        const float scale = load(m.scales, row * num_groups + group, m.scale_bits);
-        const float bias = load(m.biases, row * num_groups + group, m.scale_bits);
-        const int64_t begin = group * m.group, end = begin + m.group;
-        if (m.bits == 8) {
-            for (int64_t i = begin; i < end; ++i) put(static_cast<float>(weight[i]) * scale + bias, out[i]);
-        } else {
-            for (int64_t i = begin / 2; i < end / 2; ++i) {
-                put(static_cast<float>(weight[i] & 15) * scale + bias, out[2 * i]);
-                put(static_cast<float>(weight[i] >> 4) * scale + bias, out[2 * i + 1]);
-            }
-        }
-    }
-}
-
-float dot_float(const float* weight, const float* x, int64_t size) {
-    float lanes[LANES] = {};
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES)
-        for (int lane = 0; lane < LANES; ++lane) lanes[lane] += weight[i + lane] * x[i + lane];
-    float total = sum(lanes);
-    for (; i < size; ++i) total += weight[i] * x[i];
-    return total;
-}
-
-float dot_bfloat16(const uint16_t* weight, const Vector& x, int64_t size) {
-    float even[LANES] = {}, odd[LANES] = {};
-    int64_t i = 0;
-    for (; i + 2 * LANES <= size; i += 2 * LANES) {
-        uint32_t pairs[LANES];
-        std::memcpy(pairs, weight + i, sizeof pairs);
-        for (int lane = 0; lane < LANES; ++lane) {
-            even[lane] += from_bits(pairs[lane] << 16) * x.even[i / 2 + lane];
-            odd[lane] += from_bits(pairs[lane] & 0xffff0000u) * x.odd[i / 2 + lane];
-        }
-    }
-    float total = sum(even) + sum(odd);
-    for (; i < size; ++i) total += load(weight, i, 16) * x.plain[i];
-    return total;
-}
-
-// Sum over the groups of a row: scale * (numbers . x) + bias * (sum of x); `sums` holds the sums of x.
-template <int BITS>
-float dot_groups(const Matrix& m, int64_t row, const Vector& x, const float* sums) {
-    const int64_t num_groups = m.columns / m.group;
-    const uint8_t* weight = static_cast<const uint8_t*>(m.weight) + row * m.columns * BITS / 8;
-    float lanes[LANES] = {}, rest = 0;
-    for (int64_t group = 0; group < num_groups; ++group) {
-        const float scale = load(m.scales, row * num_groups + group, m.scale_bits);
-        const int64_t begin = group * m.group, end = begin + m.group;
-        float part[LANES] = {};
-        int64_t i = begin;
-        if (BITS == 8) {
-            for (; i + LANES <= end; i += LANES)
-                for (int lane = 0; lane < LANES; ++lane)
-                    part[lane] += static_cast<float>(weight[i + lane]) * x.plain[i + lane];
-        } else {
-            for (; i + 2 * LANES <= end; i += 2 * LANES)
-                for (int lane = 0; lane < LANES; ++lane) {
-                    const uint8_t pair = weight[i / 2 + lane];
-                    part[lane] += static_cast<float>(pair & 15) * x.even[i / 2 + lane] +
-                                  static_cast<float>(pair >> 4) * x.odd[i / 2 + lane];
-                }
-        }
-        for (; i < end; ++i) {
-            const int number = BITS == 8 ? weight[i] : (i & 1 ? weight[i / 2] >> 4 : weight[i / 2] & 15);
-            part[0] += static_cast<float>(number) * x.plain[i];
-        }
-        for (int lane = 0; lane < LANES; ++lane) lanes[lane] += scale * part[lane];
-        rest += load(m.biases, row * num_groups + group, m.scale_bits) * sums[group];
-    }
-    return sum(lanes) + rest;
-}
-
-#if HAS_BYTE_PRODUCTS
-constexpr int64_t BLOCK = 32;  // inputs that share a scale
-
-// A vector as whole numbers of 16 bits, x = scale * (256 high + low), halves of a byte each: rounded 256 times finer
-// than 8 bits would. For 4-bit weights the even members come first, then the odd ones, as pairs are packed.
-class Numbers {
-public:
-    void read(const Vector& x, int64_t size, int bits) {
-        num_blocks = size / BLOCK;
-        stride = bits == 8 ? round_up(size) : round_up(size / 2);
-        const int64_t parts = bits == 8 ? 1 : 2;
-        high.assign(parts * stride, 0);
-        low.assign(parts * stride, 0);
-        scales.assign(round_up(num_blocks), 0);
-        for (int64_t block = 0; block < num_blocks; ++block) {
-            const float* own = x.plain.data() + block * BLOCK;
-            float largest = 0, broken = 0;  // NaN if one of them is infinite or none: so the sums will be
-            for (int64_t i = 0; i < BLOCK; ++i) {
-                largest = std::fmax(largest, std::fabs(own[i]));
-                broken += own[i] * 0;
-            }
-            scales[block] = largest / 32512 + broken;  // 127 * 256: the upper half cannot overflow
-            const float inverse = largest > 0 ? 32512 / largest : 0;
-            if (bits == 8) {
-                cut(x.plain.data(), block * BLOCK, BLOCK, inverse, 0);
-            } else {
-                cut(x.even.data(), block * BLOCK / 2, BLOCK / 2, inverse, 0);
-                cut(x.odd.data(), block * BLOCK / 2, BLOCK / 2, inverse, stride);
-            }
-        }
-    }
-
-    std::vector<int8_t> high, low;
-    std::vector<float> scales;
-    int64_t num_blocks = 0, stride = 0;  // the odd members begin at the stride
-
-private:
-    static int64_t round_up(int64_t size) { return (size + 63) / 64 * 64; }
-
-    void cut(const float* x, int64_t begin, int64_t count, float inverse, int64_t to) {
-        for (int64_t i = begin; i < begin + count; ++i) {
-            const int32_t number = static_cast<int32_t>(std::nearbyint(x[i] * inverse));
-            const int8_t lower = static_cast<int8_t>(number);
-            low[to + i] = lower;
-            high[to + i] = static_cast<int8_t>((number - lower) >> 8);
-        }
-    }
-};
-
-// `dot_groups` with products of bytes; `factors` is room for a float a block, a multiple of 64 of them.
-template <int BITS>
-float dot_numbers(const Matrix& m, int64_t row, const Numbers& x, const float* sums, float* factors) {
-    constexpr int64_t STEP = BITS == 8 ? 64 : 128;  // inputs in 64 bytes of weights
-    const int64_t num_groups = m.columns / m.group, blocks_of_group = m.group / BLOCK;
-    const uint8_t* weight = static_cast<const uint8_t*>(m.weight) + row * m.columns * BITS / 8;
-    float rest = 0;
-    if (num_groups == 1) {
-        std::memcpy(factors, x.scales.data(), x.scales.size() * sizeof(float));
-    } else {
-        for (int64_t group = 0; group < num_groups; ++group) {
-            const float scale = load(m.scales, row * num_groups + group, m.scale_bits);
-            for (int64_t i = 0; i < blocks_of_group; ++i)
-                factors[group * blocks_of_group + i] = scale * x.scales[group * blocks_of_group + i];
-        }
-    }
-    for (int64_t group = 0; group < num_groups; ++group)
-        rest += load(m.biases, row * num_groups + group, m.scale_bits) * sums[group];
-    // A lane sums four neighbouring bytes: eight lanes are a block of 8-bit weights, four one of 4-bit pairs.
-    const __m512i spread = BITS == 8 ? _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0)
-                                     : _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    const __m512i zero = _mm512_setzero_si512(), nibble = _mm512_set1_epi8(15);
-    __m512 total = _mm512_setzero_ps();
-    for (int64_t i = 0; i < m.columns; i += STEP) {
-        const int64_t at = i * BITS / 8, left = m.columns * BITS / 8 - at;
-        const __mmask64 mask = left < 64 ? (1ull << left) - 1 : ~0ull;
-        const __m512i bytes = _mm512_maskz_loadu_epi8(mask, weight + at);
-        __m512i high, low;
-        if (BITS == 8) {
-            high = _mm512_dpbusd_epi32(zero, bytes, _mm512_loadu_si512(x.high.data() + at));
-            low = _mm512_dpbusd_epi32(zero, bytes, _mm512_loadu_si512(x.low.data() + at));
-        } else {
-            const __m512i even = _mm512_and_si512(bytes, nibble);
-            const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
-            high = _mm512_dpbusd_epi32(zero, even, _mm512_loadu_si512(x.high.data() + at));
-            high = _mm512_dpbusd_epi32(high, odd, _mm512_loadu_si512(x.high.data() + x.stride + at));
-            low = _mm512_dpbusd_epi32(zero, even, _mm512_loadu_si512(x.low.data() + at));
-            low = _mm512_dpbusd_epi32(low, odd, _mm512_loadu_si512(x.low.data() + x.stride + at));
-        }
-        const __m512 product = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
-        const __m512 factor = _mm512_permutexvar_ps(spread, _mm512_loadu_ps(factors + i / BLOCK));
-        total = _mm512_fmadd_ps(product, factor, total);
-    }
-    const float whole = num_groups == 1 ? load(m.scales, row, m.scale_bits) : 1;
-    return whole * _mm512_reduce_add_ps(total) + rest;
-}
-#endif
-
-float dot(const Matrix& m, int64_t row, const Vector& x, const float* sums) {
-    const float bias = m.bias ? m.bias[row] : 0;
-    switch (m.bits) {
-        case 32: return bias + dot_float(static_cast<const float*>(m.weight) + row * m.columns, x.plain.data(), m.columns);
-        case 16: return bias + dot_bfloat16(static_cast<const uint16_t*>(m.weight) + row * m.columns, x, m.columns);
-        case 8: return bias + dot_groups<8>(m, row, x, sums);
-        default: return bias + dot_groups<4>(m, row, x, sums);
-    }
-}
-
 // What one thread does of a call.
 class Worker {
 public:
@@ -381,14 +127,16 @@ public:
 #if HAS_BYTE_PRODUCTS
         if (m.bits < 16 && m.group % BLOCK == 0) {
             numbers.resize(inputs.size());
+            const bool is_whole = m.bits == 8 && m.group == m.columns;
             for (size_t token = 0; token < inputs.size(); ++token)
-                numbers[token].read(inputs[token], m.columns, m.bits);
+                numbers[token].read(inputs[token], m.columns, m.bits, is_whole ? ROW_BLOCK : BLOCK);
             factors.assign(numbers[0].scales.size() + LANES, 0);  // what is read past the last block counts nothing
             for (int64_t row = begin; row < end; ++row)
                 for (size_t token = 0; token < inputs.size(); ++token) {
                     const float* own = sums.data() + token * num_groups;
-                    const float product = m.bits == 8 ? dot_numbers<8>(m, row, numbers[token], own, factors.data())
-                                                      : dot_numbers<4>(m, row, numbers[token], own, factors.data());
+                    const float product = is_whole      ? dot_row(m, row, numbers[token], own)
+                                          : m.bits == 8 ? dot_numbers<8>(m, row, numbers[token], own, factors.data())
+                                                        : dot_numbers<4>(m, row, numbers[token], own, factors.data());
                     take(token, row, product + (m.bias ? m.bias[row] : 0));
                 }
             return;
@@ -575,7 +323,7 @@ void fastvlm_floats(void* pool, const Matrix* matrix, int64_t begin, int64_t end
             if (bits == 32) {
                 unpack(m, begin + n, static_cast<float*>(out) + at);
             } else {
-                unpack(m, begin + n, static_cast<uint16_t*>(out) + at);
+                (m.bits == 8 ? unpack<8> : unpack<4>)(m, begin + n, static_cast<uint16_t*>(out) + at);
             }
         }
     });
