@@ -105,7 +105,9 @@ def wait_for_a_step(process, folder, step):
     path = folder / "metrics.jsonl"
     while not (path.is_file() and f'"step": {step},' in path.read_text()):
         assert process.poll() is None, process.communicate()[1][-2000:]
-        assert time.monotonic() < ends
+        if time.monotonic() > ends:
+            process.kill()  # or it would go on for ever
+            pytest.fail(f"no step {step} in two minutes: {process.communicate()[1][-2000:]}")
         time.sleep(0.02)
 
 
