@@ -2,14 +2,14 @@
 
     python benchmarks/export.py nano onnx --precision fp32 --precision int8
     python benchmarks/export.py 0.5b onnx --precision int8
-
     python benchmarks/export.py 0.5b-loud coreml --precision fp16
 
 Writes `results/export-MODEL-FORMAT-PRECISIONS.json`. `0.5b` has random weights from seed 0, and is made once in the
 folder FASTVLM_SCRATCH, where that is set; in `0.5b-loud` the last stage of the encoder computes values a million times
 as large, beyond 65,504, and the final convolution makes them small again. `write_s` ends when the files are written,
 `wall_s` when they have been compared with eager; `cpu_s` is the time that all cores spent, which other programs on the
-machine lengthen less. The exports themselves are deleted.
+machine lengthen less, and least with OMP_NUM_THREADS=1: threads that wait for one another burn what they wait for. The
+exports themselves are deleted.
 """
 
 import json
@@ -52,6 +52,7 @@ def main() -> None:
         "commit": commit(),
         "machine": f"{processor()}, {os.cpu_count()} cores",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "load_average": {"before": round(busy, 1), "after": round(os.getloadavg()[0], 1)},
         "versions": manifest["versions"],
         **took,
