@@ -184,7 +184,7 @@ def test_run_writes_what_it_returns(options, tmp_path) -> None:
     lines = [json.loads(line) for line in Path(names["samples"]).read_text("utf-8").splitlines()]
     assert [task["score"] for task in written["tasks"]] == [task.score for task in results.tasks]
     assert written["options"]["num_samples"] == 5
-    stored = checkpoint.load(resolve("nano"))
+    stored = checkpoint.load(resolve(options.model))
     assert written["model"]["fingerprint"] == stored.fingerprint
     assert written["model"]["parameters"] == sum(weight.numel() for weight in stored.model.parameters())
     assert [(line["task"], line["seed"]) for line in lines] == [
