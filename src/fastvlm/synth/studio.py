@@ -17,10 +17,10 @@ from fastvlm.synth.scene import Scene, Subject
 from fastvlm.synth.sprites import Sprites, turned
 
 SHARES = {
-    "counting": 0.3, "reading": 0.27, "emoji": 0.13, "description": 0.12, "yes_no": 0.06, "colour": 0.06, "place": 0.06,
+    "counting": 0.36, "reading": 0.27, "description": 0.12, "emoji": 0.08, "place": 0.08, "yes_no": 0.05,
+    "colour": 0.04,
 }  # fmt: skip
 """How often each task is drawn, for nano and wherever none is asked for."""
-LARGEST_TURNS = 4
 
 
 class Studio:
@@ -62,7 +62,7 @@ class Studio:
         image, angle = degrade(scene.image, rng, gentle=smallest < 0.06)
         turns = [asked[0]]
         if split == "train":
-            turns += [turn for turn, _ in _more(task, scene, rng)]
+            turns += [turn for turn, _ in _more(task, scene, asked[1], rng)]
         marks = tuple(_turned(mark, image.size, angle) for mark in marks_of(scene))
         traits = _traits(scene, asked[1])
         return Sample(image=image, turns=tuple(turns), task=task, facts=asked[1], marks=marks, traits=traits)
@@ -107,16 +107,20 @@ def _traits(scene: Scene, facts: dict[str, Any]) -> dict[str, Any]:
     return traits | {"others": len(scene.things) - len(meant)}
 
 
-def _more(task: str, scene: Scene, rng: Random) -> list[Asked]:
+def _more(task: str, scene: Scene, facts: dict[str, Any], rng: Random) -> list[Asked]:
     """Further questions about the same picture: training gets more out of each drawing."""
-    amount = rng.choice((0, 1, 2, 3, 3))
+    amount = rng.choice((1, 2, 3, 4, 5))
     found: list[Asked] = []
     others = [other for other in TASKS if other != task or task in {"counting", "yes_no"}]
+    if len(scene.things) > 1:  # of several kinds, and what is not there at all
+        others += ["counting", "counting"]
     rng.shuffle(others)
     for other in others:
         if len(found) == amount:
             break
         asked = ask(other, scene, "train", rng)
+        if other == "counting" and asked is not None and asked[1] in [facts, *(more[1] for more in found)]:
+            continue  # asked and answered
         # Large things are in the center: unasked-for, that answer would drown the other places.
         if asked is not None and (asked[0].answer != "center" or rng.random() < 0.25):
             found.append(asked)

@@ -1,7 +1,7 @@
 """How people ask: question templates, those that training sees and those kept for evaluation."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -19,7 +19,8 @@ MASS = frozenset(kind.name for kind in KINDS if kind.name == kind.plural and kin
 class Wordings:
     """Templates of one family of questions; `{things}`, `{thing}` and `{a_thing}` are filled in.
 
-    `patterns` are further ones for training, written with alternatives as in "[Count|Number] the {things}[ here|]".
+    `patterns` and `ending_patterns` are further ones for training, written with alternatives as in
+    "[Count|Number] the {things}[ here|]".
     """
 
     train: tuple[str, ...]
@@ -27,6 +28,7 @@ class Wordings:
     train_endings: tuple[str, ...] = ()
     heldout_endings: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ()
+    ending_patterns: tuple[str, ...] = ()
 
 
 _PICTURE = "[picture|image|photo|photograph|drawing|scene|page|illustration|screenshot|photo|picture|image]"
@@ -118,6 +120,13 @@ COUNTING = Wordings(
         "Output just a number.",
         "Answer using digits.",
     ),
+    ending_patterns=(
+        "[Give|Give me|Return|Write|Say|Output|Print|State|Use|Show|I want|I need|Please give|Tell me] [only|just|nothing but|] [a|the|one|a single|that|your] [number|count|figure|numeral|integer|total].",
+        "[Give|Give me|Return|Write|Say|Output|Print|State|Use] [only|just|nothing but] [digits|numerals|numbers].",
+        "[Reply|Respond|Answer|Come back] [with|in|using] [a number|the number|one number|digits|numerals|a figure] [only|alone|and nothing else|, please|, no words|].",
+        "[Only|Just] [a|the|one] [number|count|figure] [please|, nothing more|, no words|].",
+        "[No words|No text|Nothing else], [only|just] [a|the] [number|digits].",
+    ),
     heldout_endings=("Give only a number.", "Respond with digits only."),
 )
 
@@ -206,6 +215,11 @@ READING = Wordings(
         "Answer with the text only.",
         "Reply with just the text.",
     ),
+    ending_patterns=(
+        "[Give|Write|Output|Print|Reply with|Respond with|Answer with|Return|Show|Say] [only|just|nothing but|] [the text|the words|the writing|what is written|what it says|the transcription].",
+        "[Give|Write|Output|Print|Reply with|Respond with|Return|Show] [the text|the words|the writing|what is written] [only|alone|and nothing else|and no more|, nothing more|as it is].",
+        "[Only|Just] [the text|the words|the writing|what is written] [please|, nothing more|].",
+    ),
     heldout_endings=("Return the text and nothing else.",),
 )
 
@@ -279,6 +293,11 @@ EMOJI = Wordings(
         "The emoji here is a what?",
     ),
     train_endings=("Answer with one word.", "Output only the name.", "Just the name.", "Answer in one or two words."),
+    ending_patterns=(
+        "[Use|Give|Give me|Answer with|Answer in|Reply with|Respond with|Reply in|Say it in|Write] [only|just|] [a single|one|a|one single|a one or two word|a short] [word|term|answer].",
+        "[Only|Just] [one word|a word|a single word|the answer] [please|].",
+        "[One|A single] word [only|is enough|will do|please|].",
+    ),
     heldout_endings=("Use a single word.",),
 )
 
@@ -360,6 +379,12 @@ DESCRIPTION = Wordings(
         "Answer in one sentence.",
         "Use few words.",
     ),
+    ending_patterns=(
+        "Keep [your answer|it|the answer|the description|this] [under|below|within|shorter than|to at most|to] [10|15|25|30|12|18] words.",
+        "[Use|Write|Give] [at most|no more than|fewer than|up to|about] [10|15|20|25|30|12] words.",
+        "[Answer|Reply|Respond] [briefly|in one sentence|in a few words|in a sentence|in one line|shortly].",
+        "[Make|Keep] it [short|brief|one sentence].",
+    ),
     heldout_endings=("Keep your answer under 20 words.",),
 )
 
@@ -407,6 +432,11 @@ YES_NO_ONE = Wordings(
         "Yes or no: does this show {a_thing}?",
     ),
     train_endings=("Answer yes or no.", "Yes or no?", "Answer with one word.", "Just yes or no."),
+    ending_patterns=(
+        "[Answer|Respond|Reply|Say|Tell me|Write] [with|just|only|simply|] yes or no [please|and nothing else|, nothing more|].",
+        "[Answer|Respond|Say|Reply with|Answer with|Give only] yes or no [only|alone|please|].",
+        "[A|Only a|Just a|A simple|A plain] yes or no [please|will do|is enough|].",
+    ),
     heldout_endings=("Reply yes or no only.",),
 )
 
@@ -441,6 +471,7 @@ YES_NO_MANY = Wordings(
         "Yes or no: does this show {things}?",
     ),
     train_endings=YES_NO_ONE.train_endings,
+    ending_patterns=YES_NO_ONE.ending_patterns,
     heldout_endings=YES_NO_ONE.heldout_endings,
 )
 
@@ -462,6 +493,7 @@ YES_NO_NUMBER = Wordings(
     ),
     heldout=("Is it true that there are {number} {things}?", "Would you count {number} {things} here?"),
     train_endings=YES_NO_ONE.train_endings,
+    ending_patterns=YES_NO_ONE.ending_patterns,
     heldout_endings=YES_NO_ONE.heldout_endings,
 )
 
@@ -481,6 +513,7 @@ YES_NO_MORE = Wordings(
     ),
     heldout=("Do the {things} outnumber the {others}?", "Is it true that there are more {things} than {others}?"),
     train_endings=YES_NO_ONE.train_endings,
+    ending_patterns=YES_NO_ONE.ending_patterns,
     heldout_endings=YES_NO_ONE.heldout_endings,
 )
 
@@ -504,6 +537,7 @@ YES_NO_TEXT = Wordings(
     ),
     heldout=("Has anything been written in this picture?", "Can any text be found here?"),
     train_endings=YES_NO_ONE.train_endings,
+    ending_patterns=YES_NO_ONE.ending_patterns,
     heldout_endings=YES_NO_ONE.heldout_endings,
 )
 
@@ -556,6 +590,11 @@ COLOUR = Wordings(
         "Which colour was the {thing} given?",
     ),
     train_endings=("Answer with one word.", "Output only the color.", "Just the colour.", "One word."),
+    ending_patterns=(
+        "[Use|Give|Give me|Answer with|Answer in|Reply with|Respond with|Reply in|Say it in|Write] [only|just|] [a single|one|a|one single|a one or two word|a short] [word|term|answer].",
+        "[Only|Just] [one word|a word|a single word|the answer] [please|].",
+        "[One|A single] word [only|is enough|will do|please|].",
+    ),
     heldout_endings=("Use a single word.",),
 )
 
@@ -585,6 +624,7 @@ COLOURS = Wordings(
         "What color would you say the {things} are?",
     ),
     train_endings=COLOUR.train_endings,
+    ending_patterns=COLOUR.ending_patterns,
     heldout_endings=COLOUR.heldout_endings,
 )
 
@@ -638,6 +678,12 @@ PLACE = Wordings(
         "At which spot was the {thing} drawn?",
     ),
     train_endings=("Answer in one or two words.", "Be brief.", "Answer with the position only."),
+    ending_patterns=(
+        "[Use|Answer in|Answer with|Reply with|Respond in|Say it in|Give|Write] [no more than|one or|up to|only|just|at most|a maximum of] [two words|a word or two|three words].",
+        "[Name|Give|State|Say] [only|just|] the [position|place|location|spot].",
+        "[Only|Just] the [position|place|location|spot|region] [please|].",
+        "[Keep it short|In a word or two|Briefly|Short answer, please].",
+    ),
     heldout_endings=("Use at most two words.",),
 )
 
@@ -659,17 +705,25 @@ def choose(wordings: Wordings, split: Split, rng: Random) -> str:
     if split == "heldout":
         heads, endings = wordings.heldout, wordings.heldout_endings
     if split == "train" and rng.random() < PATTERN_SHARE:
-        template = _expand(rng.choice(wordings.patterns), rng)
-        while template in wordings.heldout:
-            template = _expand(rng.choice(wordings.patterns), rng)
+        template = _other(wordings.patterns, wordings.heldout, rng)
     else:
         # The most natural wordings come first in each family: give them more than their share.
         template = heads[int(len(heads) * rng.random() ** 1.3)]
     if endings and rng.random() < 0.2:
         if template[-1] not in ".?":
             template += "."
-        template += " " + rng.choice(endings)
+        if split == "train" and rng.random() < PATTERN_SHARE:
+            template += " " + _other(wordings.ending_patterns, wordings.heldout_endings, rng)
+        else:
+            template += " " + rng.choice(endings)
     return template
+
+
+def _other(patterns: Sequence[str], kept: Collection[str], rng: Random) -> str:
+    """Draw from patterns what is not kept for evaluation."""
+    while (found := _expand(rng.choice(patterns), rng)) in kept:
+        pass
+    return found
 
 
 def _expand(pattern: str, rng: Random) -> str:

@@ -201,7 +201,7 @@ class _Run:
         )
         if options.dense:
             torch.manual_seed(options.seed)  # of the heads, which every process begins alike
-            objective = DenseObjective(model, len(labels()), options.dense)
+            objective = DenseObjective(model, len(labels()), options.dense).to(self.placement.device)
         group.prepare(objective, self.placement, learns_statistics=self.learns_statistics)
         optimizer = build_optimizer(
             objective,
