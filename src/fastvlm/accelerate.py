@@ -7,8 +7,10 @@ from torch import Tensor
 
 from fastvlm.device import Placement
 from fastvlm.errors import DeviceError
-from fastvlm.model import fold, fused, packed, quantized_cpu
+from fastvlm.model import fold, fused, gpu_graphs, gpu_vision, packed, quantized_cpu
 from fastvlm.model.fastvlm import FastVLM
+from fastvlm.model.gpu_language import GraphedQwen2
+from fastvlm.model.gpu_vision import GraphedVision
 from fastvlm.model.native import NativeQwen2, can_compile
 from fastvlm.model.openvino import OpenVinoVision
 from fastvlm.model.packed import forget_nothing
@@ -29,15 +31,16 @@ def accelerate(
     Args:
         model: A model in its stored form.
         placement: Where it runs and in which format.
-        is_compiled: Let kernels in C++ read few tokens at once.
+        is_compiled: Let kernels in C++ read few tokens at once on the CPU; use Triton's on an NVIDIA GPU.
         engine: What runs the vision encoder.
         forget: Called with each weight of the language model that was copied and is not read again.
 
     Raises:
         DeviceError: What was asked for is not here, or not for this device.
     """
-    if is_compiled and placement.device.type != "cpu":
-        raise DeviceError(f"--compile is for the CPU, not for {placement.device}; leave it out")
+    if is_compiled and placement.device.type != "cpu" and not placement.is_cuda:
+        raise DeviceError(f"--compile is for the CPU and for NVIDIA GPUs, not for {placement.device}; leave it out")
+    kernels = gpu_graphs.kernels() if is_compiled and placement.is_cuda else None
     fold.for_inference(model).to(placement.device, placement.dtype)
     if placement.dtype == torch.float16:  # the encoder's activations exceed 65,504 at 1024 pixels
         model.vision.float()
@@ -45,9 +48,13 @@ def accelerate(
     model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if engine == "openvino":
         model.add_module("vision", OpenVinoVision(model.vision))
+    elif placement.is_cuda:
+        model.add_module("vision", GraphedVision(gpu_vision.fuse(model.vision, kernels)))
     elif fused.can_fuse(model.vision):
         fused.fuse(model.vision)
-    if is_compiled and can_compile(model.language):
+    if placement.is_cuda:
+        model.add_module("language", GraphedQwen2(model.language, kernels))
+    elif is_compiled and can_compile(model.language):
         model.add_module("language", NativeQwen2(model.language, library(), torch.get_num_threads()))
     elif placement.device.type == "cpu":
         quantized_cpu.prepare(model)

@@ -339,10 +339,7 @@ def embed_rows(
 
 def make_cache(model: FastVLM, num_rows: int, capacity: int) -> KVCache:
     """Make room for `capacity` positions in each row, where the model is and in its format."""
-    weight = model.language.norm.weight
-    return KVCache(
-        model.config.language, num_rows=num_rows, capacity=capacity, device=weight.device, dtype=weight.dtype
-    )
+    return model.language.make_cache(num_rows, capacity)
 
 
 def _search_each(

@@ -152,6 +152,11 @@ class Qwen2(nn.Module):
             return self.embed_tokens.as_head(hidden)
         return F.linear(hidden, self.embed_tokens.weight)
 
+    def make_cache(self, num_rows: int, capacity: int) -> KVCache:
+        """Make room for `capacity` positions in each row, where the model is and in its format."""
+        weight = self.norm.weight
+        return KVCache(self.config, num_rows=num_rows, capacity=capacity, device=weight.device, dtype=weight.dtype)
+
     def forward(self, embeds: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         """Read `(B, T, D)` behind what the cache holds; return hidden states `(B, T, D)`.
 

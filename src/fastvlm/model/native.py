@@ -119,6 +119,10 @@ class NativeQwen2(nn.Module):
             return self.language.head(hidden)
         return self._kernels.multiply_head(hidden)
 
+    def make_cache(self, num_rows: int, capacity: int) -> KVCache:
+        """Make room for `capacity` positions in each row."""
+        return self.language.make_cache(num_rows, capacity)
+
     def forward(self, embeds: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         """Do what `Qwen2.forward` does."""
         if cache is None or segments is not None or embeds.shape[:2].numel() > MOST_TOKENS:
