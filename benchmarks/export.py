@@ -8,16 +8,19 @@ Writes `results/export-MODEL-FORMAT-PRECISIONS.json`. `0.5b` has random weights 
 folder FASTVLM_SCRATCH, where that is set; in `0.5b-loud` the last stage of the encoder computes values a million times
 as large, beyond 65,504, and the final convolution makes them small again. `write_s` ends when the files are written,
 `wall_s` when they have been compared with eager; `cpu_s` is the time that all cores spent, which other programs on the
-machine lengthen less, and least with OMP_NUM_THREADS=1: threads that wait for one another burn what they wait for. The
-exports themselves are deleted.
+machine lengthen less, and least with OMP_NUM_THREADS=1: threads that wait for one another burn what they wait for.
+`peak_gb` counts every page that the process held, `peak_own_gb` (Linux) only those that no file backs: pages of mapped
+files are the kernel's to take back where memory is short. The exports themselves are deleted.
 """
 
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from fastvlm.export.manifest import MANIFEST, PARITY
 
 RESULTS = Path(__file__).parent / "results"
 LOUD, GAIN = "-loud", 1e6
+_SECONDS = 0.1  # between two looks at a process's memory
 
 
 def main() -> None:
@@ -86,11 +90,13 @@ def measure(command: list[str]) -> dict[str, Any]:
     start, written = time.perf_counter(), 0.0
     with subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True) as child:
         assert child.stderr is not None
+        own = _Own(child.pid)
         for line in child.stderr:
             if line.startswith("comparing") and not written:
                 written = time.perf_counter() - start
             if line.startswith(("comparing", "writing", "fastvlm", "fp", "int", "q", "bf")):
                 print(line.rstrip(), file=sys.stderr)
+        own.stop()
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
@@ -101,7 +107,37 @@ def measure(command: list[str]) -> dict[str, Any]:
         "wall_s": round(wall),
         "cpu_s": round(usage.ru_utime + usage.ru_stime),
         "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
+        **({"peak_own_gb": round(own.peak * 1024 / 1e9, 2)} if own.peak else {}),
     }
+
+
+class _Own:
+    """Watches how much memory of its own, backed by no file, a process holds.
+
+    Attributes:
+        peak: KiB; 0 where the system does not tell.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.peak = 0
+        self._status = Path(f"/proc/{pid}/status")
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(_SECONDS):
+            try:
+                text = self._status.read_text(encoding="ascii")
+            except OSError:
+                return
+            if found := re.search(r"^RssAnon:\s*(\d+) kB", text, re.MULTILINE):
+                self.peak = max(self.peak, int(found[1]))
+
+    def stop(self) -> None:
+        """Watch no more."""
+        self._is_over.set()
+        self._thread.join()
 
 
 def _is_big(file: dict[str, Any]) -> bool:
