@@ -235,7 +235,7 @@ def greedy(
 
 def _texts(rows: Sequence[_Row], tolerance: Tolerance) -> dict[str, Any]:
     equal, tied, different = 0, 0, []
-    for row in rows:
+    for index, row in enumerate(rows):
         gap = row.gap()
         if gap is None:
             equal += 1
@@ -244,6 +244,7 @@ def _texts(rows: Sequence[_Row], tolerance: Tolerance) -> dict[str, Any]:
         else:
             different.append(
                 {
+                    "picture": index,
                     "question": row.picture.question,
                     "eager": row.tokenizer.detokenize(row.answer),
                     "export": row.tokenizer.detokenize(row.own_answer),
