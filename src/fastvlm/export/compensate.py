@@ -80,13 +80,13 @@ def decoder(language: Qwen2, sentences: Sequence[Tensor]) -> list[Packed]:
     angles = [rotary_angles(torch.arange(x.shape[1])[None], config.head_dim, config.rope_theta) for x in hidden]
     for index, original in enumerate(language.layers):
         layer: Layer = deepcopy(original)  # type: ignore[assignment]
-        correlations = _correlations(layer, hidden, angles)
+        seen = _seen(layer, hidden, angles)
         for name, linear in _matrices(layer):
             weight = linear.weight.numpy()
             if name == _VALUES or index == len(language.layers) - 1:
                 found.append(pack(weight, bits=8))
             else:
-                found.append(compensated(weight, correlations[name]))
+                found.append(compensated(weight, seen[name]))
             linear.weight.copy_(torch.from_numpy(unpack(found[-1], weight.shape[1])))
         hidden = [layer(x, each, None, None, 0) for x, each in zip(hidden, angles, strict=True)]
     head = language.embed_tokens if language.lm_head is None else language.lm_head
@@ -94,8 +94,8 @@ def decoder(language: Qwen2, sentences: Sequence[Tensor]) -> list[Packed]:
     return found
 
 
-def compensated(weight: Array, correlation: NDArray[np.float64]) -> Packed:
-    """Round a matrix `(N, K)` to 4 bits, given the sum `(K, K)` of the products of its inputs with one another."""
+def compensated(weight: Array, factors: Sequence[Array]) -> Packed:
+    """Round a matrix `(N, K)` to 4 bits, given the `factors` of what its inputs have in common."""
     num_rows, width = weight.shape
     padded = -(-width // BLOCK) * BLOCK
     values = np.zeros((padded, num_rows), np.float32)  # on its side: a column lies together
@@ -103,11 +103,8 @@ def compensated(weight: Array, correlation: NDArray[np.float64]) -> Packed:
     numbers = np.zeros((padded, num_rows), np.uint8)
     scales = np.zeros((padded // BLOCK, num_rows), np.float32)
     zeros = np.zeros((padded // BLOCK, num_rows), np.uint8)
-    for start in range(0, padded, _WIDEST):
-        end = min(start + _WIDEST, padded)
-        sums = np.zeros((end - start, end - start))
-        sums[: width - start, : width - start] = correlation[start:end, start:end]
-        factor = _factor(sums)
+    for start, factor in zip(range(0, padded, _WIDEST), factors, strict=True):
+        end = start + len(factor)
         for first in range(start, end, BLOCK):
             last, at = first + BLOCK, first - start
             block, inside = values[first:last], factor[at : at + BLOCK, at : at + BLOCK]
@@ -124,12 +121,23 @@ def compensated(weight: Array, correlation: NDArray[np.float64]) -> Packed:
     return Packed(4, nibbles(blocks), np.ascontiguousarray(scales.T), nibbles(np.ascontiguousarray(zeros.T)))
 
 
-def _factor(sums: NDArray[np.float64]) -> Array:
-    """The upper triangle `U` of which `U.T @ U` is the inverse: row by row, what later columns can make good."""
-    sums = sums + np.eye(len(sums)) * (_DAMPING * np.trace(sums) / len(sums))
-    unseen = np.diag(sums) == 0
-    sums[unseen, unseen] = 1
-    return np.linalg.cholesky(np.linalg.inv(sums)).T.astype(np.float32)
+def products(inputs: Tensor) -> list[Tensor]:
+    """The sums over tokens `(T, K)` of the products of inputs that share errors: `(k, k)` for each `_WIDEST` inputs."""
+    inputs = nn.functional.pad(inputs, (0, -inputs.shape[1] % BLOCK))
+    return [(part.mT @ part).double() for part in torch.split(inputs, _WIDEST, dim=1)]
+
+
+def factors(products: Sequence[Tensor]) -> list[Array]:
+    """The upper triangles `U` of which `U.T @ U` are the inverses: row by row, what later columns can make good."""
+    return [_factor(sums).float().numpy() for sums in products]
+
+
+def _factor(sums: Tensor) -> Tensor:
+    sums = sums + torch.eye(len(sums)) * (_DAMPING * sums.trace() / len(sums))
+    diagonal = sums.diagonal()
+    diagonal[diagonal == 0] = 1  # never seen
+    lower = torch.linalg.cholesky(sums.flip(0, 1))  # from the last input to the first: its flip is the inverse of U
+    return torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(sums), dtype=sums.dtype), upper=True)
 
 
 def _matrices(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -140,18 +148,18 @@ def _matrices(layer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         yield f"mlp.{name}", layer.get_submodule(f"mlp.{name}")  # type: ignore[misc]
 
 
-def _correlations(
+def _seen(
     layer: Layer, hidden: Sequence[Tensor], angles: Sequence[tuple[Tensor, Tensor]]
-) -> dict[str, NDArray[np.float64]]:
-    """What goes into each matrix of a layer: the sum of the products of inputs, `(K, K)`."""
-    found: dict[str, Tensor] = {}
+) -> dict[str, Sequence[Array]]:
+    """Of what goes into each matrix of a layer: the factors, which matrices with the same inputs share."""
+    found: dict[str, list[Tensor]] = {}
     shared = {"self_attn.k_proj": "self_attn.q_proj", _VALUES: "self_attn.q_proj", "mlp.up_proj": "mlp.gate_proj"}
     hooks = []
     for name, linear in _matrices(layer):
 
         def add(_module: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
-            x = inputs[0].flatten(0, -2)
-            found[name] = found.get(name, 0) + (x.mT @ x).double()
+            new = products(inputs[0].flatten(0, -2))
+            found[name] = [old + each for old, each in zip(found[name], new, strict=True)] if name in found else new
 
         if name not in shared:
             hooks.append(linear.register_forward_pre_hook(add))
@@ -159,4 +167,5 @@ def _correlations(
         layer(x, each, None, None, 0)
     for hook in hooks:
         hook.remove()
-    return {name: found[shared.get(name, name)].numpy() for name, _ in _matrices(layer)}
+    made = {name: factors(sums) for name, sums in found.items()}
+    return {name: made[shared.get(name, name)] for name, _ in _matrices(layer)}

@@ -97,6 +97,8 @@ def write(source: Source, request: Request, place: Path) -> Written:
                 path = folder / f"{name}{_suffix(precision)}.onnx"
                 if _save(graph, path):
                     external[path.name] = 1
+            release(traced)
+        forget(model)
     if set(request.precisions) - {"fp32", "fp16"}:
         notes.append("Weights quantised: see `precisions` in manifest.json and docs/export.md of fastvlm.")
     _write_settings(place, source.config, source.tokenizer, external)
@@ -247,6 +249,18 @@ def _trace(
         )
     assert program is not None
     return program.model
+
+
+def release(graph: Graph) -> None:
+    """Let go of the constants of a graph that is written: onnxscript's rewriting rules hold on to the last graphs."""
+    for value in graph.graph.initializers.values():
+        value.const_value = None
+
+
+def forget(model: nn.Module) -> None:
+    """Let go of the weights of a copy that is written, for the same reason."""
+    for weight in model.parameters():
+        weight.data = weight.new_empty(0)
 
 
 def _rounded_decoder(source: Source, request: Request, notes: list[str]) -> list[quantise.Packed] | None:

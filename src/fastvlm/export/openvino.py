@@ -22,7 +22,7 @@ from fastvlm.checkpoint import huggingface
 from fastvlm.checkpoint.save import MAX_LENGTH, write_generation_config, write_json
 from fastvlm.config import Config
 from fastvlm.export.graphs import Decoder, Embedder, Past
-from fastvlm.export.onnx import trace_decoder, trace_embedding, trace_encoder
+from fastvlm.export.onnx import forget, release, trace_decoder, trace_embedding, trace_encoder
 from fastvlm.export.parts import (
     FLOAT32,
     Exported,
@@ -71,7 +71,9 @@ def write(source: Source, request: Request, place: Path) -> Written:
     }
     for name, make in graphs.items():
         scratch = place / f"{name}.onnx"
-        ir.save(make(), scratch, external_data=f"{scratch.name}_data")
+        graph = make()
+        ir.save(graph, scratch, external_data=f"{scratch.name}_data")
+        release(graph)
         converted: Any = ov.convert_model(scratch)
         if name == DECODER:
             _make_stateful(converted, source.config)
@@ -81,6 +83,7 @@ def write(source: Source, request: Request, place: Path) -> Written:
         del converted
         for path in place.glob(f"{scratch.name}*"):
             path.unlink()
+    forget(model)
     _write_settings(place, source.config, source.tokenizer)
     width, side = source.config.language.dim, request.image_size
     images = "P" if request.has_dynamic_batch else "1"

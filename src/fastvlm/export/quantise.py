@@ -67,7 +67,8 @@ def table(model: Graph) -> None:
         if node.op_type != "Gather" or (weight := _constant(node, 0)) is None:
             continue
         (ir,) = needs("onnx", "onnx_ir")
-        values, scales = _symmetric(weight, (1,))
+        parts = [_symmetric(weight[start : start + _ROWS], (1,)) for start in range(0, len(weight), _ROWS)]
+        values, scales = (np.concatenate(each) for each in zip(*parts, strict=True))
         stored, scale = _put(model, "table_int8", values), _put(model, "table_scale", scales.astype(weight.dtype))
         kind = ir.DataType.from_numpy(weight.dtype)
         rows = ir.node("Gather", [stored, node.inputs[1]])
