@@ -165,10 +165,15 @@ class Runner:
 
 
 class Examples:
-    """Drawn pictures as the parts of a model see them: what is too large for float16 is looked for on them."""
+    """Drawn pictures as the parts of a model see them: what is too large for float16 is looked for on them.
+
+    Attributes:
+        encoded: What the encoder's draft made of each, `(1, N, C)` or, with projector, `(1, N, D)`.
+    """
 
     def __init__(self, source: Source, request: Request, model: FastVLM) -> None:
         self.source, self.request, self.model = source, request, model
+        self.encoded: list[Tensor] = []
         self._pictures = draw_pictures(_CALIBRATION)
 
     @cached_property
@@ -177,21 +182,16 @@ class Examples:
         size, fit = self.request.image_size, self.source.config.vision.fit
         return [to_pixels(picture.image, size=size, fit=fit) for picture in self._pictures]
 
-    @cached_property
-    def features(self) -> list[Tensor]:
-        """Each `(1, N, C)`."""
-        with torch.inference_mode():
-            return [self.model.vision(pixels) for pixels in self.pixels]
-
     @property
     def sentences(self) -> list[dict[str, Tensor]]:
         """A question about each picture, as the language model's package reads it."""
         num_tokens = num_image_tokens(self.source, self.request)
         prompts = [tokenize([user(each.question, 1)], self.source.tokenizer, num_tokens) for each in self._pictures]
+        project = nn.Identity() if self.request.with_projector else self.model.projector
         with torch.inference_mode():
             return [
-                language_inputs(self.model.embed(torch.tensor([prompt.token_ids]), self.model.projector(features)), 0)
-                for prompt, features in zip(prompts, self.features, strict=True)
+                language_inputs(self.model.embed(torch.tensor([prompt.token_ids]), project(encoded)), 0)
+                for prompt, encoded in zip(prompts, self.encoded, strict=True)
             ]
 
 
@@ -218,6 +218,7 @@ def write_encoder(
         output=EMBEDS if with_projector else FEATURES,
         precision=precision,
         examples=lambda: ({IMAGES: pixels} for pixels in examples.pixels),
+        keep=examples.encoded.append,
     )
 
 
@@ -230,7 +231,7 @@ def _write_projector(examples: Examples, path: Path, *, precision: Precision) ->
         inputs=[Input(name=FEATURES, shape=shape)],
         output=EMBEDS,
         precision=precision,
-        examples=lambda: ({FEATURES: features} for features in examples.features),
+        examples=lambda: ({FEATURES: features} for features in examples.encoded),
     )
 
 

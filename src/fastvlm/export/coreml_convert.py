@@ -81,6 +81,7 @@ def write_package(  # noqa: PLR0913  (a package is described by its border)
     output: str,
     precision: Precision,
     examples: Examples,
+    keep: Callable[[Tensor], None] | None = None,
 ) -> "Islands | None":
     """Convert and save; return what stays in float32, None where everything does.
 
@@ -91,6 +92,7 @@ def write_package(  # noqa: PLR0913  (a package is described by its border)
         output: Name of the output, which is float32 whatever the precision.
         precision: `fp32`, `fp16`, or `int8`: float16, weights of int8 with a scale and a zero point each channel.
         examples: Asked for unless the precision is `fp32`, to find the islands.
+        keep: Called with the output for each example.
 
     Raises:
         ExportError: coremltools could not write its file of weights.
@@ -102,7 +104,7 @@ def write_package(  # noqa: PLR0913  (a package is described by its border)
             return None
         draft = scratch / "draft.mlpackage"
         _converted(ct, exported, inputs, output, ct.precision.FLOAT32, package=draft)
-        islands = find_islands(Program(draft), examples())
+        islands = find_islands(Program(draft), examples(), keep=keep)
         shutil.rmtree(draft)
         in_float16 = ct.transform.FP16ComputePrecision(op_selector=lambda operation: not islands.hold(operation))
         model = _converted(ct, exported, inputs, output, in_float16)
@@ -131,8 +133,13 @@ class Islands:
         return bool(self.large & reads or self.results & {var.name for var in operation.outputs})
 
 
-def find_islands(program: Program, examples: Iterable[Mapping[str, Tensor]]) -> Islands:
-    """Execute a float32 program on examples, and say what float16 could not hold or would blur."""
+def find_islands(
+    program: Program, examples: Iterable[Mapping[str, Tensor]], *, keep: Callable[[Tensor], None] | None = None
+) -> Islands:
+    """Execute a float32 program on examples, and say what float16 could not hold or would blur.
+
+    `keep` is called with the output for each example, which takes a while to compute and may be of use.
+    """
     large: set[str] = set()
     largest = 0.0
 
@@ -145,7 +152,9 @@ def find_islands(program: Program, examples: Iterable[Mapping[str, Tensor]]) -> 
 
     with torch.inference_mode():
         for example in examples:
-            program.run(example, program.new_state(), watch=watch)
+            (output,) = program.run(example, program.new_state(), watch=watch).values()
+            if keep is not None:
+                keep(output)
     angles = program.behind(("cos", "sin"))
     norms = program.behind(("rsqrt",), steps=_NORM_STEPS)
     return Islands(frozenset(large), frozenset(large | program.results(_SUMS) | angles | norms), largest)
@@ -190,8 +199,10 @@ def _with_int8_weights(ct: Any, model: Any) -> Any:
     """Quantise what is large: depthwise kernels are a hundredth of the weights and a third of the error."""
     optimize = ct.optimize.coreml
     linear = optimize.OpLinearQuantizerConfig(mode="linear", dtype="int8", granularity="per_channel")
-    weights = optimize.get_weights_metadata(model, weight_threshold=linear.weight_threshold)
-    narrow = {name: None for name, weight in weights.items() if weight.val.ndim == 4 and weight.val.shape[1] <= _NARROW}
+    (block,) = model.get_spec().mlProgram.functions["main"].block_specializations.values()
+    constants = (each.outputs[0] for each in block.operations if each.type == "const")
+    sizes = {each.name: [side.constant.size for side in each.type.tensorType.dimensions] for each in constants}
+    narrow = {name: None for name, size in sizes.items() if len(size) == 4 and size[1] <= _NARROW}
     return optimize.linear_quantize_weights(
         model, optimize.OptimizationConfig(global_config=linear, op_name_configs=narrow)
     )
