@@ -15,11 +15,15 @@ from fastvlm.model import packed
 from fastvlm.model.cache import KVCache
 from fastvlm.model.fused import FusedLinear
 from fastvlm.model.language import Qwen2
+from fastvlm.model.quantize import ROW, Packing, QuantizedLinear, quantise, replace_layers
 from fastvlm.predict import Predictor
 
 pytestmark = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor multiplies no bfloat16"
 )
+
+
+PACKING = Packing(8, ROW)
 
 
 def language_of(*, tied, dtype=torch.bfloat16):
@@ -31,20 +35,21 @@ def language_of(*, tied, dtype=torch.bfloat16):
     return language.to(dtype).eval().requires_grad_(False)
 
 
-def logits_of(language, lengths):
-    cache = KVCache(language.config, num_rows=2, capacity=32, dtype=torch.bfloat16)
+def logits_of(language, num_rows, lengths):
+    cache = KVCache(language.config, num_rows=num_rows, capacity=32, dtype=torch.bfloat16)
     found = []
     with torch.inference_mode():
         for length in lengths:
-            ids = torch.arange(2 * length).view(2, length)
+            ids = torch.arange(num_rows * length).view(num_rows, length)
             hidden = language(language.embed(ids), cache)
-            cache.advance([length, length])
+            cache.advance([length] * num_rows)
             found.append(language.head(hidden).float())
     return torch.cat(found, dim=1)
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 5])  # of which 1 and 2 are filled up
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_are_those_of_the_plain_matrices(tied):
+def test_logits_are_those_of_the_plain_matrices(tied, num_rows):
     language = language_of(tied=tied)
     other = copy.deepcopy(language)
     forgotten = []
@@ -52,12 +57,42 @@ def test_logits_are_those_of_the_plain_matrices(tied):
     assert packed.can_pack(language)
     packed.pack(other, forgotten.append)
 
-    got, expected = logits_of(other, (11, 1, 3)), logits_of(language, (11, 1, 3))
+    got, expected = (logits_of(model, num_rows, (11, 1, 3)) for model in (other, language))
     assert (got - expected).norm() < 0.01 * expected.norm()
-    linears = [name for name, module in language.named_modules() if isinstance(module, nn.Linear)]
-    names = {*linears, "lm_head"}
-    assert {name for name, module in other.named_modules() if isinstance(module, FusedLinear)} == names
-    assert len(forgotten) == len(names)
+    assert not [name for name, module in other.named_modules() if isinstance(module, nn.Linear)]
+    linears = [module for module in language.modules() if isinstance(module, nn.Linear)]
+    assert len(forgotten) == len(linears) + tied
+
+
+def test_queries_keys_and_values_come_from_one_matrix():
+    language = packed.pack(language_of(tied=True))
+
+    matrices = {name: module for name, module in language.layers[0].named_modules() if isinstance(module, FusedLinear)}
+
+    assert matrices.keys() == {
+        "self_attn.qkv_proj",
+        "self_attn.o_proj",
+        *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+    }
+    assert matrices["self_attn.qkv_proj"].weight.shape == (64 + 2 * 32, 64)
+
+
+def test_what_is_quantised_stays_so_beside_packed_matrices():
+    language = language_of(tied=True)
+    names = ["layers.0.self_attn.k_proj", "layers.1.mlp.down_proj"]
+    matrices = [language.get_submodule(name).weight for name in names]
+    replace_layers(language, dict.fromkeys(names, PACKING))
+    for name, matrix in zip(names, matrices, strict=True):
+        layer = language.get_submodule(name)
+        layer.weight, layer.scales, layer.biases = quantise(matrix, PACKING, torch.bfloat16)
+    other = copy.deepcopy(language)
+
+    packed.pack(other)
+
+    got, expected = (logits_of(model, 1, (11, 1)) for model in (other, language))
+    assert (got - expected).norm() < 0.01 * expected.norm()
+    assert [name for name in names if isinstance(other.get_submodule(name), QuantizedLinear)] == names
+    assert not [name for name, module in other.named_modules() if isinstance(module, nn.Linear)]
 
 
 def test_other_formats_are_left_to_pytorch():

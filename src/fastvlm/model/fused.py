@@ -131,6 +131,14 @@ class FusedLinear(nn.Module):
         """`(..., C)` to `(..., C')`."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
+    def silu(self, x: Tensor) -> Tensor:
+        """Do what `forward` does, and apply SiLU."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "swish", [], "")
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        """Do what `forward` does, and multiply with `factor` `(..., C')`."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul")
+
 
 class FusedAttentionBlock(nn.Module):
     """A block of the attention stages."""

@@ -75,10 +75,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`(B, T, D)` to the same."""
         num_rows, num_tokens, _ = x.shape
-        query = self._heads(self.q_proj(x))  # (B, A, T, E)
-        key = self._heads(self.k_proj(x))  # (B, G, T, E)
-        value = self._heads(self.v_proj(x))
-        query, key = rotate(query, *angles), rotate(key, *angles)
+        query, key, value = self.project(x, angles)
         if cache is not None:
             key, value = cache.update(layer, key, value)  # (B, G, S + T, E)
         group = self.num_heads // self.num_kv_heads
@@ -93,7 +90,13 @@ class Attention(nn.Module):
             x = x.transpose(1, 2)  # (B, T, A, E)
         return self.o_proj(x.reshape(num_rows, num_tokens, -1))
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """`(B, T, D)` to queries `(B, A, T, E)` and keys `(B, G, T, E)`, both turned, and values `(B, G, T, E)`."""
+        query, key, value = (self.heads(linear(x)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(query, *angles), rotate(key, *angles), value
+
+    def heads(self, x: Tensor) -> Tensor:
+        """`(B, T, heads * E)` to `(B, heads, T, E)`."""
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
