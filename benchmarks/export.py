@@ -3,6 +3,7 @@
     python benchmarks/export.py nano onnx --precision fp32 --precision int8
     python benchmarks/export.py 0.5b onnx --precision int8
     python benchmarks/export.py 0.5b-loud coreml --precision fp16
+    python benchmarks/export.py nano                   # all its reports in results/, again
 
 Writes `results/export-MODEL-FORMAT-PRECISIONS.json`. `0.5b` has random weights from seed 0, and is made once in the
 folder FASTVLM_SCRATCH, where that is set; in `0.5b-loud` the last stage of the encoder computes values a million times
@@ -35,8 +36,26 @@ _SECONDS = 0.1  # between two looks at a process's memory
 
 
 def main() -> None:
+    """Export once, or as often as there are reports of the model; print and keep the figures."""
+    model, *words = sys.argv[1:]
+    state = commit()  # before the first report is written
+    for name, *flags in [words] if words else known(model):
+        keep(model, name, flags, state)
+
+
+def known(model: str) -> list[list[str]]:
+    """Format and flags of each report of a model."""
+    commands = []
+    for path in sorted(RESULTS.glob(f"export-{model.replace('.', '')}-*.json")):
+        said = json.loads(path.read_text(encoding="utf-8"))["command"]
+        name, *words = said.rpartition("fastvlm export ")[2].split()
+        if model.endswith(LOUD) == (LOUD in path.name):
+            commands.append([name, *words[words.index("OUT") + 1 :]])
+    return commands
+
+
+def keep(model: str, name: str, flags: list[str], state: str) -> None:
     """Export once; print and keep the figures."""
-    model, name, *flags = sys.argv[1:]
     kept = os.environ.get("FASTVLM_SCRATCH")
     with tempfile.TemporaryDirectory(dir=kept) as scratch:
         source = model if model == "nano" else str(Path(kept or scratch) / f"random-{model}")
@@ -53,7 +72,7 @@ def main() -> None:
         before += f"its encoder made {GAIN:,.0f} times as loud, as benchmarks/export.py does; "
     result = {
         "command": before + shown,
-        "commit": commit(),
+        "commit": state,
         "machine": f"{processor()}, {os.cpu_count()} cores",
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
