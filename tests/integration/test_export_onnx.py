@@ -1,6 +1,8 @@
 """ONNX and OpenVINO folders of a tiny model, run by the two programs that read them."""
 
+import gc
 import json
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from fastvlm import cli
 from fastvlm.checkpoint.load import load
+from fastvlm.export.parts import Request, Source
 from fastvlm.model import fold
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -61,6 +64,24 @@ def test_smaller_files_are_close(folder, precision):
     # Random weights this small turn a rounding of four bits into other logits, but not into any others.
     assert report["logits"]["least_cosine"] >= (0.5 if precision.startswith("q4") else 0.99)
     assert small < whole * 0.8
+
+
+def weights_in_memory():
+    gc.collect()
+    return sum(each.numel() for each in gc.get_objects() if type(each) is torch.nn.Parameter)
+
+
+@pytest.mark.parametrize(("name", "precision"), [("onnx", "fp16"), ("openvino", "fp32")])
+def test_weights_that_are_written_are_let_go_of(name, precision, tiny, tmp_path):
+    pytest.importorskip(name)
+    source = Source(load(tiny), lambda: load(tiny, dtype=torch.float32).model)
+    side = source.config.vision.image_size
+    request = Request(precisions=(precision,), image_size=side, has_dynamic_batch=True, with_projector=True)
+    before = weights_in_memory()
+
+    import_module(f"fastvlm.export.{name}").write(source, request, tmp_path)
+
+    assert before <= weights_in_memory() < 1.01 * before
 
 
 def test_names_are_those_of_onnx_community(folder):
