@@ -183,6 +183,28 @@ def test_an_encoder_beyond_float16_is_within_a_hundredth_in_it(tmp_path):
     assert 0 < len(find_islands(fp32, [{"x": pixels()}]).large) < 20
 
 
+class Scale(nn.Module):
+    """Multiplies by constants, one of which float16 cannot hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor([1e5, 10, 1]).view(1, 3, 1, 1))
+
+    def forward(self, pixels):
+        return pixels * self.scale
+
+
+@torch.inference_mode()
+def test_a_constant_beyond_float16_is_multiplied_with_in_float32(tmp_path):
+    x = pixels() / 1000  # what is made of them is small
+
+    program = package(Scale(), x, tmp_path / "fp16.mlpackage", precision="fp16")
+
+    found = program.run({"x": x})["y"]
+    assert torch.isfinite(found).all()
+    assert relative(found, Scale()(x)) < 1e-3
+
+
 @pytest.mark.slow
 @torch.inference_mode()
 def test_int8_weights_are_small_and_near(encoder, encoder_package, tmp_path):

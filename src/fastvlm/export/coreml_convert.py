@@ -23,11 +23,12 @@ from torch.export import ExportedProgram, export
 
 from fastvlm.errors import ExportError
 from fastvlm.export.coreml_interpreter import Program
+from fastvlm.export.graphs import LARGEST_FLOAT16
 from fastvlm.export.parts import needs
 from fastvlm.options import Precision
 
 _LOG: Final = logging.getLogger(__name__)
-LIMIT: Final = 65_504 / 8  # other inputs may reach further than the examples
+LIMIT: Final = LARGEST_FLOAT16 / 8  # other inputs may reach further than the examples
 _SUMS: Final = ("layer_norm", "reduce_mean")  # of squares, or of a whole map: they overflow inside
 _NORM_STEPS: Final = 3  # from the inverse root of an RMSNorm back to the squares
 _NARROW: Final = 4  # channels that one kernel sees: three in the first convolution, one in a depthwise one
@@ -100,14 +101,13 @@ def write_package(  # noqa: PLR0913  (a package is described by its border)
     with quiet(), _writing(path), _scratch(path.parent) as scratch:
         (ct,) = needs("coreml", "coremltools")
         if precision == "fp32":
-            _save(_converted(ct, exported, inputs, output, ct.precision.FLOAT32), path)
+            _save(_converted(ct, exported, inputs, output), path)
             return None
         draft = scratch / "draft.mlpackage"
-        _converted(ct, exported, inputs, output, ct.precision.FLOAT32, package=draft)
+        _converted(ct, exported, inputs, output, package=draft)
         islands = find_islands(Program(draft), examples(), keep=keep)
         shutil.rmtree(draft)
-        in_float16 = ct.transform.FP16ComputePrecision(op_selector=lambda operation: not islands.hold(operation))
-        model = _converted(ct, exported, inputs, output, in_float16)
+        model = _converted(ct, exported, inputs, output, islands)
         _save(_with_int8_weights(ct, model) if precision == "int8" else model, path)
     _LOG.info("%s: %d values stay in float32", path.name, len(islands.results))
     return islands
@@ -169,11 +169,11 @@ def _converted(  # noqa: PLR0913
     exported: ExportedProgram,
     inputs: Sequence[Input],
     output: str,
-    precision: Any,
+    islands: Islands | None = None,
     *,
     package: Path | None = None,
 ) -> Any:
-    """The model, which coremltools keeps in a temporary package, or in `package`, without its metadata."""
+    """The model, in float16 where there are islands; in a temporary package, or in `package`, without its metadata."""
 
     def size(each: int | tuple[int, int]) -> Any:
         return ct.RangeDim(*each) if isinstance(each, tuple) else each
@@ -189,10 +189,44 @@ def _converted(  # noqa: PLR0913
         convert_to="mlprogram",
         # A state needs iOS 18 or macOS 15.
         minimum_deployment_target=ct.target.iOS18 if has_state else ct.target.iOS16,
-        compute_precision=precision,
+        compute_precision=ct.precision.FLOAT32 if islands is None else ct.precision.FLOAT16,
+        pass_pipeline=None if islands is None else _to_float16(ct, islands),
         skip_model_load=True,
         package_dir=None if package is None else str(package),
     )
+
+
+def _to_float16(ct: Any, islands: Islands) -> Any:
+    """The passes of a conversion to float16, with the islands.
+
+    coremltools looks for constants that float16 cannot hold in three copies of each, for half a minute and in gigabytes
+    where a table has 136 million numbers: its pass is asked only about constants that are as large.
+    """
+    passes, registry = needs(
+        "coreml",
+        "coremltools.converters.mil.mil.passes.defs.quantization",
+        "coremltools.converters.mil.mil.passes.pass_registry",
+    )
+    slow, quick = "common::add_fp16_cast", "fastvlm::add_fp16_cast"
+
+    class Quick(passes.add_fp16_cast):  # type: ignore[misc, name-defined]
+        @staticmethod
+        def fp16_overflow(operation: Any) -> bool:
+            constants = (
+                var.val
+                for value in operation.inputs.values()
+                for var in _variables(value)
+                if var.op is not None and var.op.op_type == "const" and var.is_tensor_or_scalar_of(dtype="fp32")
+            )
+            if all(max(np.max(value), -np.min(value)) <= LARGEST_FLOAT16 for value in constants if np.size(value)):
+                return False
+            return bool(passes.add_fp16_cast.fp16_overflow(operation))
+
+    registry.register_pass(namespace="fastvlm", name="add_fp16_cast", override=True)(Quick)
+    pipeline = ct.PassPipeline.DEFAULT
+    pipeline.passes = [quick if each == slow else each for each in pipeline.passes]
+    pipeline.set_options(quick, {"op_selector": lambda operation: not islands.hold(operation)})
+    return pipeline
 
 
 def _with_int8_weights(ct: Any, model: Any) -> Any:
