@@ -37,7 +37,8 @@ EVERY_FILE = sorted(SRC.rglob("*.py"))
 MODULES = [p for p in EVERY_FILE if p.parent != SRC or p.stem not in {"__init__", "__main__"}]
 FLOORS = {"pillow": "13", "torch": "2.10"}  # versions below have holes that are known
 LONGEST = 600  # lines of a file
-TABLES = {"synth/wording.py": 760}  # files that are lists, and grow by rows
+TABLES = {"synth/wording.py": 830}  # files that are lists, and grow by rows
+NEEDS_TRITON = {"model/gpu_kernels.py"}  # which PyTorch's builds for a CPU do not bring
 FORBIDDEN_UNITS = {"utils", "util", "common", "helpers", "base", "misc"}
 
 
@@ -249,6 +250,8 @@ def test_code_is_ascii_but_for_drawings_in_docstrings(path):
 @pytest.mark.parametrize("path", [p for p in MODULES if p.name != "__init__.py"], ids=relative)
 def test_what_is_public_in_a_file_has_a_docstring(path):
     name = ".".join(["fastvlm", *path.relative_to(SRC).with_suffix("").parts])
+    if relative(path) in NEEDS_TRITON:
+        pytest.importorskip("triton")
     module = importlib.import_module(name)
 
     for attribute, value in vars(module).items():

@@ -56,7 +56,7 @@ def prefill(model: FastVLM, embeds: Tensor, lengths: Sequence[int], cache: KVCac
     """
     hidden = model.language(embeds, cache)  # (B, T, D)
     cache.advance(lengths)
-    last = hidden[torch.arange(len(lengths)), torch.tensor(lengths) - 1]  # (B, D)
+    last = torch.stack([row[length - 1] for row, length in zip(hidden, lengths, strict=True)])  # (B, D)
     return model.language.head(last)
 
 

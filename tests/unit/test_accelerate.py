@@ -75,7 +75,7 @@ def test_where_openvino_is_missing_one_line_says_what_to_install(monkeypatch):
 
 
 def test_compiled_kernels_are_for_the_cpu():
-    with pytest.raises(DeviceError, match="--compile is for the CPU, not for meta"):
+    with pytest.raises(DeviceError, match="--compile is for the CPU and for NVIDIA GPUs, not for meta"):
         accelerate(nano(), Placement(device=torch.device("meta"), dtype=torch.float32), is_compiled=True)
 
 

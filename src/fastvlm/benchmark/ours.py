@@ -63,7 +63,7 @@ class Subject:
         With `laps` the device is waited for between the parts; without, only for the first token.
         """
         task = load_file(request["task"])
-        prompts, pixels = task["token_ids"].tolist(), task["pixels"]
+        prompts, pixels = task["token_ids"].tolist(), task["pixels"].to(self.device)
         result: dict[str, Any] = {}
         laps = self.start()
         image_embeds = self.model.encode(self.predictor.to_device(pixels))

@@ -150,7 +150,7 @@ def _programs(
     if rival is None:
         missing["transformers"] = "no --rival-python was given"
     else:
-        for dtype in ("bfloat16", "float32"):
+        for dtype in options.rival_dtype:
             line = [rival, str(RIVALS / "fast_vlm.py"), str(folder), "--dtype", dtype]
             line += ["--device", str(placement.device)]
             programs.append(_other(f"transformers {dtype}", dtype, line, threads))

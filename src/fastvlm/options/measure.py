@@ -230,6 +230,8 @@ class BenchPeersOptions:
     """How often each is measured, behind once that is not counted."""
     rival_python: str | None = None
     """An interpreter that has torch, transformers 5 and timm."""
+    rival_dtype: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
+    """Formats in which transformers is measured; large models do not fit several times."""
     openvino: str | None = None
     """A folder that `fastvlm export openvino` wrote of the same model, run by OpenVINO alone."""
     onnx: str | None = None
