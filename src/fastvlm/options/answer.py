@@ -149,7 +149,8 @@ class LoadOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Format of the weights; auto is bfloat16 where the hardware multiplies it, else float32."""
     compile: bool = False
-    """Write answers with kernels in C++ for this processor; the first time they are built, in seconds, and kept."""
+    """Write answers with kernels in C++ for this processor, or in Triton for an NVIDIA GPU; the first time they are
+    built, in seconds, and kept."""
     engine: Engine = "torch"
     """What runs the vision encoder: PyTorch, or OpenVINO where it is installed (the extra openvino)."""
 
