@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 
 from fastvlm.synth.assets import default_folder, is_complete
 from fastvlm.train.assets import fetch_assets
+from shared.training import conversation, write_rows
 
 GOLDENS = Path(__file__).parent / "goldens"
 ASSETS = default_folder()  # before the tests' own home: fonts and emoji are fetched once a machine
@@ -86,6 +88,21 @@ def real_assets():
                 pytest.skip("npm cannot reach its registry, which has the fonts and emoji")
             fetch_assets(ASSETS)
     return ASSETS
+
+
+@pytest.fixture
+def one_thread():
+    """Runs that must be equal to the bit, or are too small for two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A file of eight conversations about pictures."""
+    return write_rows(tmp_path / "rows.json", [conversation(i) for i in range(8)])
 
 
 @pytest.fixture

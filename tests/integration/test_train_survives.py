@@ -16,55 +16,14 @@ from safetensors.torch import load_file
 
 from fastvlm import checkpoint
 from fastvlm.errors import InputError, TrainingError
-from fastvlm.options import TrainOptions
 from fastvlm.train.folder import RunFolder
 from fastvlm.train.run import run
+from shared.training import GOLDENS, conversation, options, settings
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
-NAMES = ("square.png", "photo.jpg", "gray.png", "wide.png")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def conversation(i):
-    turns = [{"from": "human", "value": f"<image>\nQuestion {i}?"}, {"from": "gpt", "value": f"Answer {i}."}]
-    return {"image": NAMES[i % 4], "conversations": turns}
-
-
-@pytest.fixture
-def rows(tmp_path):
-    file = tmp_path / "rows.json"
-    file.write_text(json.dumps([conversation(i) for i in range(8)]))
-    return file
-
-
-def settings(rows, folder, **changes):
-    return {
-        "output": str(folder),
-        "data": (str(rows),),
-        "image_folder": (str(GOLDENS / "images"),),
-        "model": str(GOLDENS / "hf_tiny"),
-        "image_size": 64,
-        "steps": 4,
-        "batch_size": 2,
-        "lr": 1e-3,
-        "workers": 0,
-        "device": "cpu",
-        "dtype": "float32",
-        "log_every": 1,
-        **changes,
-    }
-
-
-def options(rows, folder, **changes):
-    return TrainOptions(**settings(rows, folder, **changes))
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def command(rows, folder, **changes):

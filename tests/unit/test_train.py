@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +22,9 @@ from fastvlm.train.loop import Objective, Trainer, row_losses
 from fastvlm.train.optimizer import build_optimizer, cosine
 from fastvlm.train.run import run
 from fastvlm.train.start import fresh_config, fresh_model, nano_tokenizer
+from shared.training import GOLDENS, losses, options
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def example(token_ids, labels, num_pictures=0):
@@ -132,38 +132,6 @@ def conversations(tmp_path):
     file = tmp_path / "data.json"
     file.write_text(json.dumps(rows))
     return file
-
-
-def options(conversations, output, **changes):
-    return TrainOptions(
-        **{
-            "output": str(output),
-            "data": (str(conversations),),
-            "image_folder": (str(GOLDENS / "images"),),
-            "model": str(GOLDENS / "hf_tiny"),
-            "image_size": 64,
-            "steps": 4,
-            "batch_size": 2,
-            "lr": 1e-3,
-            "workers": 0,
-            "device": "cpu",
-            "dtype": "float32",
-            "log_every": 1,
-            **changes,
-        }
-    )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_learns_and_its_folder_is_a_checkpoint(conversations, tmp_path):

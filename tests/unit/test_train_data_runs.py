@@ -5,26 +5,18 @@ import multiprocessing
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fastvlm.errors import InputError, TrainingError
-from fastvlm.options import TrainOptions
 from fastvlm.train.run import run
+from shared import training
+from shared.training import GOLDENS, losses, write_rows
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("square.png", "wide.png", "gray.png", "small.png")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def row(i, picture="yes"):
@@ -35,34 +27,8 @@ def row(i, picture="yes"):
     return {"image": image, "conversations": turns}
 
 
-def write(path, rows):
-    path.write_text(json.dumps(rows))
-    return str(path)
-
-
 def options(data, output, **changes):
-    return TrainOptions(
-        **{
-            "output": str(output),
-            "data": tuple(data),
-            "image_folder": (str(GOLDENS / "images"),),
-            "model": str(GOLDENS / "hf_tiny"),
-            "image_size": 64,
-            "steps": 4,
-            "batch_size": 4,
-            "max_tokens": 192,
-            "lr": 1e-3,
-            "workers": 0,
-            "device": "cpu",
-            "dtype": "float32",
-            "log_every": 1,
-            **changes,
-        }
-    )
-
-
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return training.options(data, output, **{"batch_size": 4, "max_tokens": 192, **changes})
 
 
 def weights(folder):
@@ -71,7 +37,7 @@ def weights(folder):
 
 @pytest.mark.slow
 def test_a_packed_run_learns_what_an_unpacked_one_does(tmp_path):
-    data = [write(tmp_path / "data.json", [row(i, "yes" if i % 3 else None) for i in range(8)])]
+    data = [write_rows(tmp_path / "data.json", [row(i, "yes" if i % 3 else None) for i in range(8)])]
 
     apart, packed = (run(options(data, tmp_path / str(pack), pack=pack)) for pack in (False, True))
 
@@ -81,7 +47,7 @@ def test_a_packed_run_learns_what_an_unpacked_one_does(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_with_kept_features_learns_what_one_without_does(tmp_path):
-    data = [write(tmp_path / "data.json", [row(i, "yes" if i % 3 else None) for i in range(8)])]
+    data = [write_rows(tmp_path / "data.json", [row(i, "yes" if i % 3 else None) for i in range(8)])]
     frozen = {"learn_vision": "frozen"}
     kept = frozen | {"feature_cache": str(tmp_path / "kept")}
 
@@ -101,9 +67,9 @@ def test_a_conversation_of_the_validation_that_cannot_be_read_is_left_out_and_na
     for name in NAMES:
         (tmp_path / "images" / name).write_bytes((GOLDENS / "images" / name).read_bytes())
     (tmp_path / "images" / "cut.png").write_bytes((GOLDENS / "images" / "photo.jpg").read_bytes()[:3000])
-    data = [write(tmp_path / "data.json", [row(i) for i in range(4)])]
-    held = write(tmp_path / "held.json", [row(0, "cut.png"), row(1), row(2)])
-    settings = {"validation": (held,), "validate_every": 2, "image_folder": (str(tmp_path / "images"),)}
+    data = [write_rows(tmp_path / "data.json", [row(i) for i in range(4)])]
+    held = write_rows(tmp_path / "held.json", [row(0, "cut.png"), row(1), row(2)])
+    settings = {"validation": (str(held),), "validate_every": 2, "image_folder": (str(tmp_path / "images"),)}
 
     with caplog.at_level("WARNING"):
         folder = run(options(data, tmp_path / "run", **settings))
@@ -116,7 +82,7 @@ def test_a_conversation_of_the_validation_that_cannot_be_read_is_left_out_and_na
 
 
 def test_features_of_an_encoder_that_learns_are_not_kept(tmp_path):
-    data = [write(tmp_path / "data.json", [row(1)])]
+    data = [write_rows(tmp_path / "data.json", [row(1)])]
 
     with pytest.raises(InputError, match="--feature-cache keeps what a frozen encoder makes"):
         run(options(data, tmp_path / "run", feature_cache=str(tmp_path / "kept")))
@@ -127,7 +93,7 @@ def test_features_of_an_encoder_that_learns_are_not_kept(tmp_path):
 @pytest.mark.slow
 def test_C6_a_run_leaves_bad_samples_out_whatever_reads_them_and_when(tmp_path):
     rows = [row(i, "nope.png" if i in (2, 9) else None) for i in range(20)]
-    data, some = [write(tmp_path / "data.json", rows)], {"max_bad_fraction": 0.1, "steps": 6, "save_steps": 2}
+    data, some = [write_rows(tmp_path / "data.json", rows)], {"max_bad_fraction": 0.1, "steps": 6, "save_steps": 2}
     whole = run(options(data, tmp_path / "whole", **some))
 
     helped = run(options(data, tmp_path / "helped", workers=1, **some))
@@ -146,7 +112,7 @@ def test_C6_a_run_leaves_bad_samples_out_whatever_reads_them_and_when(tmp_path):
 
 
 def test_C6_too_many_bad_samples_are_said_before_anything_is_written(tmp_path):
-    data = [write(tmp_path / "data.json", [row(i, "nope.png" if i == 2 else None) for i in range(20)])]
+    data = [write_rows(tmp_path / "data.json", [row(i, "nope.png" if i == 2 else None) for i in range(20)])]
 
     with pytest.raises(InputError, match=r"1 of 20 samples cannot be used, .* the first: .*row 2: there is no picture"):
         run(options(data, tmp_path / "run"))
@@ -157,7 +123,7 @@ def test_C6_too_many_bad_samples_are_said_before_anything_is_written(tmp_path):
 def test_C6_a_picture_that_turns_out_to_be_damaged_ends_a_strict_run_with_its_name(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes((GOLDENS / "images" / "photo.jpg").read_bytes()[:3000])
-    data = [write(tmp_path / "data.json", [row(i, "a.png" if i == 2 else None) for i in range(20)])]
+    data = [write_rows(tmp_path / "data.json", [row(i, "a.png" if i == 2 else None) for i in range(20)])]
 
     with pytest.raises(InputError, match=r"the first: .*row 2: .*a\.png: the picture is damaged"):
         run(options(data, tmp_path / "run", steps=20, image_folder=(str(tmp_path / "images"),)))
@@ -167,7 +133,7 @@ def test_C6_a_picture_that_turns_out_to_be_damaged_ends_a_strict_run_with_its_na
 
 @pytest.mark.slow
 def test_C7_a_run_whose_worker_is_killed_says_so_and_goes_on_from_its_checkpoint(tmp_path):
-    data = [write(tmp_path / "data.json", [row(i, None) for i in range(8)])]
+    data = [write_rows(tmp_path / "data.json", [row(i, None) for i in range(8)])]
     settings = {"steps": 6, "save_steps": 1, "workers": 1}
 
     def kill(metrics):
@@ -187,8 +153,8 @@ def test_C7_a_run_whose_worker_is_killed_says_so_and_goes_on_from_its_checkpoint
 @pytest.mark.slow
 def test_C3_a_mixture_is_resumed_in_the_middle(tmp_path):
     data = [
-        write(tmp_path / "a.json", [row(i, None) for i in range(3)]) + ":0.25",
-        write(tmp_path / "b.json", [row(i) for i in range(5)]) + ":0.75",
+        write_rows(tmp_path / "a.json", [row(i, None) for i in range(3)]) + ":0.25",
+        write_rows(tmp_path / "b.json", [row(i) for i in range(5)]) + ":0.75",
     ]
     whole = run(options(data, tmp_path / "whole", steps=6))
     asked = iter([False] * 3 + [True] * 9)
@@ -202,9 +168,9 @@ def test_C3_a_mixture_is_resumed_in_the_middle(tmp_path):
 
 
 def test_C5_data_that_changed_is_refused_on_resume(tmp_path):
-    data = [write(tmp_path / "data.json", [row(i, None) for i in range(8)])]
+    data = [write_rows(tmp_path / "data.json", [row(i, None) for i in range(8)])]
     run(options(data, tmp_path / "run", steps=1))
-    write(tmp_path / "data.json", [row(i + 1, None) for i in range(8)])
+    write_rows(tmp_path / "data.json", [row(i + 1, None) for i in range(8)])
 
     with pytest.raises(InputError, match="was begun with other data"):
         run(options(data, tmp_path / "run", steps=1, resume=True))

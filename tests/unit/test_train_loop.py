@@ -2,7 +2,6 @@
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastvlm.checkpoint.load import assemble, load, load_encoder
 from fastvlm.device import place
-from fastvlm.options import TrainOptions
 from fastvlm.prompt import IGNORE
 from fastvlm.train.data import Example, collate
 from fastvlm.train.learning import checkpoint_activations, choose_what_learns
@@ -21,17 +19,10 @@ from fastvlm.train.loop import Losses, Objective, Trainer, to_tensors
 from fastvlm.train.optimizer import build_optimizer
 from fastvlm.train.run import Share, run
 from fastvlm.train.throughput import count_flops
+from shared.training import GOLDENS, options
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = place("cpu", "float32")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -237,23 +228,12 @@ def test_validation_measures_and_answers_and_a_run_leaves_its_curves(tmp_path):
         {"from": "human", "value": "Who?"}, {"from": "gpt", "value": "I."}]}]  # fmt: skip
     for name in ("learned.json", "heldout.json"):
         (tmp_path / name).write_text(json.dumps(rows))
-    options = TrainOptions(
-        output=str(tmp_path / "run"),
-        data=(str(tmp_path / "learned.json"),),
-        validation=(str(tmp_path / "heldout.json"),),
-        validate_every=2,
-        image_folder=(str(GOLDENS / "images"),),
-        model=str(GOLDENS / "hf_tiny"),
-        image_size=64,
-        steps=3,
-        batch_size=2,
-        workers=0,
-        device="cpu",
-        dtype="float32",
-        log_every=1,
-    )
+    validation = {"validation": (str(tmp_path / "heldout.json"),), "validate_every": 2}
 
-    folder = run(options, score=lambda model, tokenizer: {"rows": model.language.config.vocab_size})
+    folder = run(
+        options(tmp_path / "learned.json", tmp_path / "run", steps=3, **validation),
+        score=lambda model, tokenizer: {"rows": model.language.config.vocab_size},
+    )
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     measured = [line for line in lines if "validation_loss" in line]

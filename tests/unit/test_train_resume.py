@@ -14,17 +14,9 @@ from fastvlm.options import TrainOptions
 from fastvlm.train.facts import describe, differences
 from fastvlm.train.folder import RunFolder
 from fastvlm.train.run import run
+from shared.training import GOLDENS, options
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
-NAMES = ("square.png", "photo.jpg", "gray.png", "wide.png")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -34,37 +26,6 @@ def training_form(tmp_path_factory):
     encoder = load_encoder(GOLDENS / "training_form.safetensors", image_size=128, dtype=torch.float32)
     model = assemble(encoder, given.model.language, given.tokenizer, image_size=128, seed=0)
     return checkpoint.save(model, given.tokenizer, tmp_path_factory.mktemp("base") / "model")
-
-
-@pytest.fixture
-def rows(tmp_path):
-    turns = [
-        [{"from": "human", "value": f"<image>\nQuestion {i}?"}, {"from": "gpt", "value": f"Answer {i}."}]
-        for i in range(8)
-    ]
-    file = tmp_path / "rows.json"
-    file.write_text(json.dumps([{"image": NAMES[i % 4], "conversations": some} for i, some in enumerate(turns)]))
-    return file
-
-
-def options(rows, output, **changes):
-    return TrainOptions(
-        **{
-            "output": str(output),
-            "data": (str(rows),),
-            "image_folder": (str(GOLDENS / "images"),),
-            "model": str(GOLDENS / "hf_tiny"),
-            "image_size": 64,
-            "steps": 4,
-            "batch_size": 2,
-            "lr": 1e-3,
-            "workers": 0,
-            "device": "cpu",
-            "dtype": "float32",
-            "log_every": 1,
-            **changes,
-        }
-    )
 
 
 def states(folder):
@@ -233,8 +194,8 @@ def test_a_run_by_the_clock_does_not_end_for_want_of_steps(rows, tmp_path):
     assert RunFolder(folder).latest().facts["step"] == 7
 
 
-def test_epochs_of_pictures_that_have_no_end_are_refused(rows, tmp_path):
+def test_epochs_of_pictures_that_have_no_end_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"drawn pictures .* have no end; name --data of your own, or say --steps"):
-        run(options(rows, tmp_path / "run", data=("synth",), epochs=1.0))
+        run(options("synth", tmp_path / "run", epochs=1.0))
 
     assert not (tmp_path / "run").exists()
