@@ -152,3 +152,15 @@ def test_data_must_be_named(check):
     status, _, err = check()
 
     assert (status, err) == (2, "fastvlm: error: no data; name a file or a folder with --data\n")
+
+
+def test_tools_that_the_model_will_not_see_are_counted(check, tmp_path):
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"messages": turns, "tools": tools} for tools in ([{"type": "function"}], [], None)]))
+
+    status, out, _ = check("--data", path, *MODEL)
+
+    assert status == 0
+    assert "not read   `tools`, in 1 samples: the answers are learned without it\n" in out
+    assert json.loads(check("--data", path, *MODEL, "--json")[1])["unread"] == {"tools": 1}

@@ -301,17 +301,19 @@ def test_c13_a_service_that_fails_is_left_out_with_a_warning(rows, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_tensorboard_gets_the_curves(rows, tmp_path):
+def test_tensorboard_gets_the_curves_without_steps_that_were_done_again(rows, tmp_path):
     pytest.importorskip("tensorboard")
     script = (
         "import sys, json; from fastvlm.options import TrainOptions; from fastvlm.train.run import run\n"
         "given = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(sys.argv[1]).items()}\n"
-        "folder = run(TrainOptions(**given))\n"
+        "def follow(metrics): assert metrics.step < 4\n"
+        "try: run(TrainOptions(**given), follow=follow)\n"
+        "except AssertionError: folder = run(TrainOptions(**given, resume=True))\n"
         "from tensorboard.backend.event_processing.event_accumulator import EventAccumulator\n"
         "events = EventAccumulator(str(folder / 'tensorboard')).Reload()\n"
         "print(json.dumps([[event.step, event.value] for event in events.Scalars('loss')]))"
     )
-    given = settings(rows, tmp_path / "run", steps=3, tensorboard=True)
+    given = settings(rows, tmp_path / "run", steps=4, save_steps=2, tensorboard=True)
 
     result = subprocess.run(
         [sys.executable, "-c", script, json.dumps(given)], capture_output=True, text=True, check=False, timeout=120
@@ -319,7 +321,7 @@ def test_tensorboard_gets_the_curves(rows, tmp_path):
 
     assert result.returncode == 0, result.stderr[-2000:]
     steps, values = zip(*json.loads(result.stdout), strict=True)
-    assert steps == (1, 2, 3)
+    assert steps == (1, 2, 3, 4)
     assert list(values) == pytest.approx(logged(tmp_path / "run"), rel=1e-5)
 
 

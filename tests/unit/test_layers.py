@@ -130,7 +130,7 @@ def test_what_a_run_says_of_itself_is_a_file_that_gives_the_same_run(file):
         ("data = [1]", "data must be a text or a list of texts"),
         ("data = []", "data must be a text or a list of texts"),
         ("learn_vision = 'half'", "learn_vision must be one of full, lora, frozen, got 'half'"),
-        ("stage = 4", "stage must be one of 1, 1.5, 2, 3, lora, got '4'"),
+        ("stage = 4", "run.toml: stage must be one of 1, 1.5, 2, 3, lora, or 0, which is fastvlm pretrain; got '4'"),
         ("batch_size = 1\nbatch-size = 2", "given twice"),
         ("steps = 3\nepochs = 1.0", "the file gives steps and epochs"),
         ("lr = ", "not TOML"),
@@ -143,6 +143,11 @@ def test_a_file_that_cannot_be_used_is_one_line_that_names_the_key(file, text, w
 
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_stage_that_is_none_lists_all_from_the_command_line_too():
+    with pytest.raises(InputError, match=r"--stage must be one of 1, 1\.5, 2, 3, lora, or 0, which is fastvlm"):
+        options_of("--stage", "4")
 
 
 def test_a_value_out_of_range_is_refused_from_whichever_layer(file):

@@ -121,6 +121,10 @@ def _render(report: Report, max_bad_fraction: float) -> str:
     ]
     if report.repeated_ids:
         rows.append(f"ids        {len(report.repeated_ids):,} come more than once, as {report.repeated_ids[0]!r}")
+    rows += [
+        f"not read   `{key}`, in {count:,} samples: the answers are learned without it"
+        for key, count in report.unread.items()
+    ]
     rows += [f"  {problem}" for problem in report.problems[:_PROBLEMS_SHOWN]]
     if num_bad > _PROBLEMS_SHOWN:
         rows.append(f"  and {num_bad - _PROBLEMS_SHOWN:,} more; --json has all")

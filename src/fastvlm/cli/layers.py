@@ -79,6 +79,9 @@ def resolve(verb: str, args: Sequence[str]) -> tuple[str, list[str]]:
                 f"leave --stage out, or name a TOML file with what is to come before the stage"
             )
         stage = of_file if stage is None else stage
+    if verb == "train" and stage not in (None, "0", *STAGES):
+        origin = f"{path}: stage" if asked(args, "--stage") is None else "--stage"
+        raise InputError(f"{origin} must be one of {', '.join(STAGES)}, or 0, which is fastvlm pretrain; got {stage!r}")
     if verb == "train" and stage == "0":
         verb, args = "pretrain", _without(args, "--stage")
     kind = TrainOptions if verb == "train" else PretrainOptions

@@ -30,6 +30,7 @@ class Finding:
     num_tokens: int = 0
     num_learned: int = 0
     num_pictures: int = 0
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ class Report:
     """Positions of the shortest sample, the middle one, the one that 99 % are shorter than, and the longest."""
     repeated_ids: tuple[str, ...]
     """Ids that several samples of one source have; such samples are learned from all the same."""
+    unread: dict[str, int]
+    """Keys that are not read, and the samples whose answers are learned without them."""
 
 
 class _Findings(Dataset[Finding]):
@@ -79,6 +82,7 @@ class _Findings(Dataset[Finding]):
             num_tokens=len(tokens.token_ids),
             num_learned=sum(label != IGNORE for label in tokens.labels),
             num_pictures=len(conversation.pictures),
+            unread=conversation.unread,
         )
 
 
@@ -135,6 +139,7 @@ def _count(findings: Sequence[Finding], num_samples: int) -> Report:
         num_learned=sum(finding.num_learned for finding in good),
         token_quantiles=(lengths[0], round(cuts[49]), round(cuts[98]), lengths[-1]),
         repeated_ids=tuple(f"{name}" for (_, name), count in ids.items() if count > 1),
+        unread=dict(Counter(key for finding in good for key in finding.unread)),
     )
 
 

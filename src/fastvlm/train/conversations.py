@@ -23,6 +23,8 @@ MAX_PICTURE_BYTES: Final = 1 << 28
 PICTURE_KEYS: Final = ("image", "images", "file_name", "path")
 """What the column of a picture may be called, the first that is there."""
 CAPTION_KEYS: Final = ("caption", "text")
+_TOOLS: Final = ("tools", "functions")
+_NO_TOOLS: Final[tuple[object, ...]] = (None, "", "[]", [])
 _OTHER_MEDIA: Final = ("video", "videos", "audio", "audios")
 _LLAVA_ROLES: Final = {
     "human": "user",
@@ -66,6 +68,8 @@ class Conversation:
     messages: tuple[Message, ...]
     pictures: tuple[Picture, ...]
     id: str | None = None
+    unread: tuple[str, ...] = ()
+    """Keys of the row that say something which the answers may rest on, and which the model will not see."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +163,10 @@ def read_row(
     _check_turns(messages)
     name = row.get("id")
     return Conversation(
-        messages=tuple(messages), pictures=tuple(pictures), id=str(name) if isinstance(name, str | int) else None
+        messages=tuple(messages),
+        pictures=tuple(pictures),
+        id=str(name) if isinstance(name, str | int) else None,
+        unread=tuple(key for key in _TOOLS if row.get(key) not in _NO_TOOLS),
     )
 
 

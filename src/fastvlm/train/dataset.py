@@ -1,6 +1,7 @@
 """From sources to examples: messages to token ids and labels, pictures to pixels or to features that were kept."""
 
 import hashlib
+import logging
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from fastvlm.train.mixture import Order, Part
 from fastvlm.train.skipped import is_too_many, too_many
 from fastvlm.train.sources import Reading, Source, open_source
 
+logger = logging.getLogger(__name__)
 SURVEYED = 2_000
 """Samples that are looked at before a run begins."""
 
@@ -137,11 +139,21 @@ class ConversationDataset(Dataset[Example]):
         size = len(self)
         chosen = range(size) if size <= SURVEYED else [i * size // SURVEYED for i in range(SURVEYED)]
         reasons = []
+        unread: dict[str, list[int]] = {}
         for index in chosen:
             try:
-                self.tokens(index, self.conversation(index))
+                conversation = self.conversation(index)
+                self.tokens(index, conversation)
             except InputError as error:
                 reasons.append(str(error))
+            else:
+                for key in conversation.unread:
+                    unread.setdefault(key, []).append(index)
+        for key, found in unread.items():
+            more = f", in {len(found)} of {len(chosen)} samples that were looked at" if len(found) > 1 else ""
+            logger.warning(
+                "%s: `%s` is not read, the answers are learned without it%s", self.origin(found[0]), key, more
+            )
         if is_too_many(len(reasons), len(chosen), size, max_fraction):
             raise InputError(too_many(reasons, len(chosen), max_fraction))
 

@@ -21,8 +21,10 @@ Write = Callable[[dict[str, float], int], None]
 class Log:
     """The numbers of a run."""
 
-    def __init__(self, folder: Path, *, tensorboard: bool, wandb: bool, options: Mapping[str, Any]) -> None:
-        """Open what was asked for.
+    def __init__(
+        self, folder: Path, *, tensorboard: bool, wandb: bool, options: Mapping[str, Any], step: int = 0
+    ) -> None:
+        """Open what was asked for; `step` is the last one that counts: what TensorBoard has of later ones is hidden.
 
         Raises:
             InputError: TensorBoard was asked for and is not installed; or Weights & Biases.
@@ -30,7 +32,7 @@ class Log:
         self.folder = folder
         self._writers: dict[str, tuple[Write, Callable[[], None]]] = {}
         if tensorboard:
-            self._open("TensorBoard", "tensorboard", lambda: _tensorboard(folder / "tensorboard"))
+            self._open("TensorBoard", "tensorboard", lambda: _tensorboard(folder / "tensorboard", step))
         if wandb:
             self._open("Weights & Biases", "wandb", lambda: _wandb(folder, options))
 
@@ -76,8 +78,9 @@ class Log:
         logger.warning("%s failed (%s); the run goes on without it", name, " ".join(str(error).split())[:160])
 
 
-def _tensorboard(folder: Path) -> tuple[Write, Callable[[], None]]:
-    writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
+def _tensorboard(folder: Path, step: int) -> tuple[Write, Callable[[], None]]:
+    module = importlib.import_module("torch.utils.tensorboard")
+    writer = module.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(numbers: dict[str, float], step: int) -> None:
         for name, value in numbers.items():

@@ -153,7 +153,13 @@ class _Run:
         trainer = self._trainer()
         group.first(lambda: self._begin(trainer))
         if group.is_first:
-            self.log = Log(folder.path, tensorboard=options.tensorboard, wandb=options.wandb, options=asdict(options))
+            self.log = Log(
+                folder.path,
+                tensorboard=options.tensorboard,
+                wandb=options.wandb,
+                options=asdict(options),
+                step=trainer.step,
+            )
         try:
             with flush_denormals():
                 is_ended = trainer.run(
