@@ -1,7 +1,8 @@
 """Write the tables of the documents from the JSON files in benchmarks/results: `python benchmarks/tables.py`.
 
 A table stands between `<!-- KIND: from benchmarks/results; make numbers -->` and `<!-- /KIND -->`; each file whose name
-begins with the kind gives one. Three documents have the scores of nano, two what exports weigh and compute. A test says
+begins with the kind gives one. Three documents have the scores of nano, two what exports weigh and compute, one what
+training takes. A test says
 that all are what this makes.
 """
 
@@ -35,6 +36,8 @@ CHINESE = {
     "colour": ("颜色", "完全正确"),
     "place": ("位置", "完全正确"),
 }
+TRAINING = ROOT / "docs" / "training.md"
+LEARNS = {"full": "all", "lora": "projector; language model by LoRA"}
 SCORED = {
     ROOT / "README.md": ENGLISH,
     ROOT / "README.zh-CN.md": CHINESE,
@@ -123,13 +126,53 @@ def documents(folder: Path) -> dict[Path, str]:
             "parity": _parity(exports, formats),
             "times": _times(exports, formats),
         }
-        for name, table in tables.items():
-            begin, end = f"<!-- {name}: from benchmarks/results; make numbers -->", f"<!-- /{name} -->"
-            before, _, rest = text.partition(begin)
-            if rest:
-                text = f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
-        made[path] = text
+        made[path] = _put(text, tables)
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("train-*.json"))]
+    made[TRAINING] = _put(TRAINING.read_text(encoding="utf-8"), {"memory": _memory(runs), "steps": _steps(runs)})
     return made
+
+
+def _put(text: str, tables: dict[str, str]) -> str:
+    """Put each table into its marked place, if the text has one."""
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: from benchmarks/results; make numbers -->", f"<!-- /{name} -->"
+        before, _, rest = text.partition(begin)
+        if rest:
+            text = f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def _memory(runs: Iterable[Results]) -> str:
+    """What a step of the 0.5B model takes."""
+    rows: list[tuple[str, str, str]] = []
+    for run in runs:
+        said = run["settings"]
+        if said["model"] == "0.5b":
+            activations = "computed again" if said["checkpoint_activations"] else "kept"
+            rows.append((LEARNS[said["learn"]], activations, f"{run['results']['fastvlm']['peak_gb']:.1f} GB"))
+    rows.sort(key=lambda row: (row[0], row[1] != "kept"))
+    return _rows(("learns", "activations", "peak memory"), rows)
+
+
+def _steps(runs: Iterable[Results]) -> str:
+    """A step beside transformers'."""
+    rows = []
+    for run in runs:
+        said, ours, theirs = run["settings"], run["results"]["fastvlm"], run["results"].get("transformers")
+        if theirs is None:
+            continue
+        size = f"{said['batch_size']} row{'s' * (said['batch_size'] > 1)} of {said['image_size']} px"
+        rows.append(
+            (
+                f"{said['model'].replace('0.5b', '0.5B')}, {size}, {said['dtype']}",
+                f"{ours['seconds_a_step']:.1f} and {theirs['seconds_a_step']:.1f}",
+                f"{run['ratio']:.2f}",
+                f"{run['processor_ratio']:.2f}",
+                f"{ours['peak_gb']:.2f} and {theirs['peak_gb']:.2f} GB",
+            )
+        )
+    head = ("model", "seconds of the clock, ours and theirs", "times as fast", "by processors' seconds", "peak memory")
+    return _rows(head, rows)
 
 
 def _exports(folder: Path) -> dict[tuple[str, str, str], tuple[Results, Results]]:
