@@ -19,7 +19,7 @@ from fastvlm.model.language import Attention, Layer, Qwen2, rotate
 
 _ROWS: Final = 64  # the layout hardly depends on how many tokens come
 _FEWEST: Final = 4
-"""Fewer rows of activations are filled up: the kernel for four reads memory faster than those for fewer (docs/log.md)."""
+"""Fewer rows of activations are filled up: oneDNN reads memory faster for four than for fewer (docs/log.md)."""
 
 
 def forget_nothing(_: Tensor) -> None:
