@@ -154,6 +154,11 @@ def peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_bytes_on(device: torch.device) -> int:
+    """The most memory so far: of this process on the CPU, else on the device; 0 where the system does not tell."""
+    return (peak_memory_bytes() or 0) if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
+
+
 def available_memory_bytes() -> int | None:
     """The memory that a new process could have; None where the system does not tell."""
     info = Path("/proc/meminfo")

@@ -70,7 +70,7 @@ def test_a_batch_has_a_picture_in_each_row_and_learns_the_end_of_it():
 @pytest.mark.parametrize("learn", ["full", "lora"])
 def test_a_timed_step_learns(learn, tmp_path):
     save_file(make_batch(BenchTrainOptions(**SMALL), TINY), tmp_path / "batch.safetensors")
-    how = Namespace(steps=3, dtype="float32", learn=learn, checkpoint_activations=learn == "full")
+    how = Namespace(steps=3, device="cpu", dtype="float32", learn=learn, checkpoint_activations=learn == "full")
 
     result = time_steps(TINY, tmp_path / "batch.safetensors", how)
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvlm.benchmark.rivals.lines import Laps, open_channel, serve
-from fastvlm.device import flush_denormals, peak_memory_bytes, synchronize
+from fastvlm.device import flush_denormals, peak_bytes_on, peak_memory_bytes, synchronize
 from fastvlm.generate import decode_step, embed_rows, generate, make_cache, prefill, prefill_in_chunks
 from fastvlm.model.vision import FastViTHD
 from fastvlm.options import GenerationOptions, ImageOptions, LoadOptions
@@ -173,11 +173,7 @@ class Subject:
     def memory(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The most memory so far: of the process, and of the accelerator where there is one."""
         del request
-        found = {"process_peak_bytes": peak_memory_bytes() or 0}
-        found["peak_bytes"] = found["process_peak_bytes"]
-        if self.device.type != "cpu":
-            found["peak_bytes"] = torch.accelerator.max_memory_allocated(self.device)
-        return found
+        return {"process_peak_bytes": peak_memory_bytes() or 0, "peak_bytes": peak_bytes_on(self.device)}
 
     def _pixels(self, number: int, side: int) -> Tensor:
         return torch.rand(number, 3, side, side, generator=torch.Generator().manual_seed(0))

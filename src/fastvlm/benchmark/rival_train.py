@@ -22,13 +22,14 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("batch")
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--device", required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--learn", choices=["full"], required=True)
     parser.add_argument("--checkpoint-activations", action="store_true")
     options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
-    batch = load_file(options.batch)
-    model = AutoModelForImageTextToText.from_pretrained(options.folder, dtype=torch.float32)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    batch = {name: tensor.to(device) for name, tensor in load_file(options.batch).items()}
+    model = AutoModelForImageTextToText.from_pretrained(options.folder, dtype=torch.float32).to(device)
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -41,7 +42,7 @@ def main() -> None:
     for _ in range(options.steps + 1):
         start, begun = time.perf_counter(), time.process_time()
         pixels = batch["pixels"].float().div(255)
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(
                 input_ids=batch["token_ids"],
                 attention_mask=torch.ones_like(batch["token_ids"]),
@@ -57,6 +58,8 @@ def main() -> None:
         seconds.append(time.perf_counter() - start)
         processor_seconds.append(time.process_time() - begun)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if device.type != "cpu":
+        peak = torch.accelerator.max_memory_allocated(device)
     versions = {name: version(name) for name in ("torch", "transformers", "timm")}
     result = {
         "seconds": seconds[1:],

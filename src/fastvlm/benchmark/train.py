@@ -18,6 +18,7 @@ from fastvlm.benchmark.turns import median, take_turns
 from fastvlm.checkpoint.create import init_checkpoint
 from fastvlm.checkpoint.load import load
 from fastvlm.checkpoint.zoo import resolve
+from fastvlm.device import place
 from fastvlm.errors import InputError
 from fastvlm.options import BenchTrainOptions
 from fastvlm.prompt import IGNORE
@@ -41,14 +42,14 @@ def run(
     Raises:
         InputError: A program cannot be run, or the two do not compute the same loss.
     """
-    before = load_average()
+    before, device = load_average(), place(options.device, options.dtype).device
     with tempfile.TemporaryDirectory(prefix="fastvlm-bench-") as scratch:
         folder = _folder(options, Path(scratch))
         batch = Path(scratch) / "batch.safetensors"
         save_file(make_batch(options, folder), batch)
-        programs = {"fastvlm": [*ours, *_arguments(options, folder, batch)]}
+        programs = {"fastvlm": [*ours, *_arguments(options, device, folder, batch)]}
         if options.rival_python is not None:
-            programs["transformers"] = [options.rival_python, str(RIVAL), *_arguments(options, folder, batch)]
+            programs["transformers"] = [options.rival_python, str(RIVAL), *_arguments(options, device, folder, batch)]
 
         def told(name: str, result: dict[str, Any]) -> None:
             times = ", ".join(f"{seconds:.2f}" for seconds in result["seconds"])
@@ -65,7 +66,7 @@ def run(
     _compare(rounds, options)
     rows = {name: _summary(found, options) for name, found in rounds.items()}
     results = {
-        **facts(["PYTHON" if word == options.rival_python else word for word in command], torch.device("cpu")),
+        **facts(["PYTHON" if word == options.rival_python else word for word in command], device),
         "load_average": {"before": before, "after": load_average()},
         "settings": {
             "model": options.model,
@@ -75,6 +76,7 @@ def run(
             "learned_tokens": options.learned_tokens,
             "learn": options.learn,
             "checkpoint_activations": options.checkpoint_activations,
+            "device": str(device),
             "dtype": options.dtype,
             "threads": options.threads,
             "optimizer": "AdamW, gradient clipped at norm 1, BatchNorm's statistics frozen",
@@ -125,8 +127,9 @@ def _folder(options: BenchTrainOptions, scratch: Path) -> Path:
     return resolve(options.model)
 
 
-def _arguments(options: BenchTrainOptions, folder: Path, batch: Path) -> list[str]:
-    words = [str(folder), str(batch), "--steps", str(options.steps), "--dtype", options.dtype, "--learn", options.learn]
+def _arguments(options: BenchTrainOptions, device: torch.device, folder: Path, batch: Path) -> list[str]:
+    words = [str(folder), str(batch), "--steps", str(options.steps), "--device", str(device)]
+    words += ["--dtype", options.dtype, "--learn", options.learn]
     return [*words, "--checkpoint-activations"] if options.checkpoint_activations else words
 
 

@@ -70,7 +70,7 @@ class EvalOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTrainOptions:
-    """Time one step of training on the CPU, beside transformers' where an interpreter with it is named.
+    """Time one step of training, beside transformers' where an interpreter with it is named.
 
     Both programs take the same weights and the same batch, in turns, in processes of their own.
     """
@@ -93,8 +93,10 @@ class BenchTrainOptions:
     """Steps a round that are timed, behind one that is not."""
     rounds: int = 3
     """How often each program runs."""
+    device: str = "cpu"
+    """auto, cpu, cuda, cuda:N or mps."""
     threads: int = 2
-    """Of each program."""
+    """Of each program on the CPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Format of the arithmetic."""
     rival_python: str | None = None

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastvlm.checkpoint.load import load
-from fastvlm.device import flush_denormals, peak_memory_bytes, place, synchronize
+from fastvlm.device import flush_denormals, peak_bytes_on, place, synchronize
 from fastvlm.options import Learning
 from fastvlm.train.data import Batch
 from fastvlm.train.learning import checkpoint_activations, choose_what_learns
@@ -30,13 +30,13 @@ def time_steps(folder: Path, batch: Path, how: argparse.Namespace) -> dict[str, 
     Args:
         folder: The checkpoint; its weights are taken in float32.
         batch: A file with `pixels` `(P, 3, H, W)` in uint8, `token_ids` and `labels` `(B, T)`.
-        how: The program's flags: `steps`, `dtype`, `checkpoint_activations`, and `learn`, which is `full` for all of
-            the model, or `lora` for updates of rank 16 in the language model, and the projector.
+        how: The program's flags: `steps`, `device`, `dtype`, `checkpoint_activations`, and `learn`, which is `full`
+            for all of the model, or `lora` for updates of rank 16 in the language model, and the projector.
 
     Returns:
         Seconds of each step, losses, peak memory and versions.
     """
-    placement = place("cpu", how.dtype)
+    placement = place(how.device, how.dtype)
     model = load(folder, dtype=torch.float32, dequantise=True).model.to(placement.device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     is_full = how.learn == "full"
@@ -73,7 +73,7 @@ def time_steps(folder: Path, batch: Path, how: argparse.Namespace) -> dict[str, 
         "seconds": seconds[1:],
         "processor_seconds": processor_seconds[1:],
         "losses": losses,
-        "peak_bytes": peak_memory_bytes() or 0,
+        "peak_bytes": peak_bytes_on(placement.device),
         "versions": {name: version(name) for name in ("torch", "fastvlm")},
     }
 
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("batch", type=Path)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--device", required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--learn", choices=["full", "lora"], required=True)
     parser.add_argument("--checkpoint-activations", action="store_true")
