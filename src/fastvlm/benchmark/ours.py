@@ -23,6 +23,7 @@ from torch import Tensor
 from fastvlm.benchmark.rivals.lines import Laps, open_channel, serve
 from fastvlm.device import flush_denormals, peak_bytes_on, peak_memory_bytes, synchronize
 from fastvlm.generate import decode_step, embed_rows, generate, make_cache, prefill, prefill_in_chunks
+from fastvlm.model.gpu_vision import GraphedVision
 from fastvlm.model.vision import FastViTHD
 from fastvlm.options import GenerationOptions, ImageOptions, LoadOptions
 from fastvlm.predict import Predictor, load
@@ -124,6 +125,7 @@ class Subject:
     def stages(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Time stem, stages and final convolution one after the other, where the encoder is made of them."""
         vision = self.model.vision
+        vision = vision.vision if isinstance(vision, GraphedVision) else vision
         if not isinstance(vision, FastViTHD):
             return {}
         x = self.predictor.to_device(self._pixels(1, request["image_size"]))

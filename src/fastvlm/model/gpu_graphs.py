@@ -60,13 +60,17 @@ def capture(function: Callable[[Tensor], Tensor], like: Tensor, pool: Pool | Non
 
     What the function writes elsewhere it writes while it is recorded, too.
     """
-    given = like.clone()
-    stream = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(like.device))
+    with torch.cuda.device_of(like):  # type: ignore[no-untyped-call]
+        return _record(function, like.clone(), pool)
+
+
+def _record(function: Callable[[Tensor], Tensor], given: Tensor, pool: Pool | None) -> Captured:
+    stream = torch.cuda.Stream(given.device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(given.device))
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UPS):
             function(given)
-    torch.cuda.current_stream(like.device).wait_stream(stream)
+    torch.cuda.current_stream(given.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=None if pool is None else pool.handle, stream=stream):
         result = function(given)

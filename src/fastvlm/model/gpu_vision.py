@@ -141,5 +141,7 @@ class GraphedVision(nn.Module):
         return self.vision.embed(features)
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
+        here = torch.cuda.device_of(pixels)  # type: ignore[no-untyped-call]
+        with here, exact:  # Triton starts its kernels on the current device
             return self.vision(pixels)
