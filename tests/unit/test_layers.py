@@ -150,6 +150,11 @@ def test_a_stage_that_is_none_lists_all_from_the_command_line_too():
         options_of("--stage", "4")
 
 
+def test_a_file_for_another_stage_is_not_pretrained_with(file):
+    with pytest.raises(InputError, match=r"run.toml: stage 2 is fastvlm train's, pretrain is stage 0"):
+        resolve("pretrain", ["--config", file("stage = 2")])
+
+
 def test_a_value_out_of_range_is_refused_from_whichever_layer(file):
     with pytest.raises(InputError, match="lr must be between"):
         options_of("--config", file('output = "o"\nlr = -1.0'))

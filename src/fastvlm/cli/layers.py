@@ -79,6 +79,8 @@ def resolve(verb: str, args: Sequence[str]) -> tuple[str, list[str]]:
                 f"leave --stage out, or name a TOML file with what is to come before the stage"
             )
         stage = of_file if stage is None else stage
+    if path is not None and verb == "pretrain" and (of_file := _stage_of(Path(path))) not in (None, "0"):
+        raise InputError(f"{path}: stage {of_file} is fastvlm train's, pretrain is stage 0; run fastvlm train with it")
     if verb == "train" and stage not in (None, "0", *STAGES):
         origin = f"{path}: stage" if asked(args, "--stage") is None else "--stage"
         raise InputError(f"{origin} must be one of {', '.join(STAGES)}, or 0, which is fastvlm pretrain; got {stage!r}")
