@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from fastvlm.config import LanguageConfig
 from fastvlm.model.cache import KVCache
 from fastvlm.model.gpu_graphs import Captured, Pool, capture
-from fastvlm.model.language import Layer, Qwen2, RMSNorm, rotary_angles, rotate
+from fastvlm.model.language import Layer, Qwen2, RMSNorm, join, rotary_angles, rotate
 
 _STEP: Final = 512
 """Caches have a multiple of so many positions, so that few sizes serve all conversations."""
@@ -263,11 +263,7 @@ def _is_plain(language: Qwen2) -> bool:
 
 @torch.no_grad()
 def _join(parts: list[nn.Linear]) -> nn.Linear:
-    whole = nn.Linear(parts[0].in_features, sum(part.out_features for part in parts), bias=False, device="meta")
-    whole.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
-    if parts[0].bias is not None:
-        whole.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
-    begin = 0
+    whole, begin = join(parts), 0
     for part in parts:
         end = begin + part.out_features
         part.weight = nn.Parameter(whole.weight[begin:end], requires_grad=False)

@@ -5,6 +5,8 @@ Parameter names are Hugging Face's.
 Letters: `B` rows, `T` tokens, `D` width, `A` query heads, `G` key/value heads, `E` width of a head, `V` vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,6 +59,22 @@ def block_diagonal(segments: Tensor) -> tuple[Tensor, Tensor]:
     starts = torch.where(is_first, index, 0).cummax(dim=1).values
     is_seen = (segments[:, :, None] == segments[:, None, :]) & (index <= index[:, None])
     return index - starts, is_seen[:, None]
+
+
+@torch.no_grad()
+def join(parts: Sequence[nn.Linear]) -> nn.Linear:
+    """Make one layer that gives the outputs of several layers side by side; its weights are copies."""
+    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+    return linear_of(torch.cat([part.weight for part in parts]), bias)
+
+
+def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """Make a layer that does not learn out of a matrix `(outputs, inputs)` and perhaps a bias `(outputs,)`."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
 class Attention(nn.Module):

@@ -7,7 +7,7 @@ gate is applied while sums are in registers. What is computed is the same.
 Letters: `B` rows, `T` tokens, `D` width, `M` rows of activations (all tokens).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvlm.model.fused import FusedLinear
-from fastvlm.model.language import Attention, Layer, Qwen2, rotate
+from fastvlm.model.language import Attention, Layer, Qwen2, join, linear_of, rotate
 
 _ROWS: Final = 64  # the layout hardly depends on how many tokens come
 _FEWEST: Final = 4
@@ -46,7 +46,7 @@ def pack(language: Qwen2, forget: Callable[[Tensor], None] = forget_nothing) -> 
     """
     head = language.lm_head  # first: while it is copied it takes the most room
     if head is None and isinstance(language.embed_tokens, nn.Embedding):
-        head = _linear(language.embed_tokens.weight)
+        head = linear_of(language.embed_tokens.weight)
     if isinstance(head, nn.Linear):
         _exchange(language, "lm_head", head, forget)
     for layer in language.layers:
@@ -85,7 +85,7 @@ class PackedAttention(Attention):
         nn.Module.__init__(self)
         self.num_heads, self.num_kv_heads = attention.num_heads, attention.num_kv_heads
         self.head_dim = attention.head_dim
-        self.qkv_proj = PackedLinear(_joined([attention.q_proj, attention.k_proj, attention.v_proj]))
+        self.qkv_proj = PackedLinear(join([attention.q_proj, attention.k_proj, attention.v_proj]))
         self.o_proj = attention.o_proj
 
     def project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,16 +126,3 @@ def _enough_rows(x: Tensor) -> Tensor:
     rows = x.flatten(0, -2)
     missing = _FEWEST - len(rows)
     return F.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows
-
-
-def _joined(linears: Sequence[nn.Linear]) -> nn.Linear:
-    """One layer that gives the outputs of several, one behind the other."""
-    return _linear(torch.cat([linear.weight for linear in linears]), torch.cat([linear.bias for linear in linears]))
-
-
-def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
-    return linear
