@@ -53,8 +53,8 @@ FORMATS: Final = {
 }
 _FIXED: Final = ("coreml", "ios-bundle")  # formats that take one picture unless asked otherwise
 _FLOAT32_COPIES: Final = {  # of all weights, at the most: eager, what is being written, and what runs it
-    "onnx": 3.6,
-    "openvino": 5.8,
+    "onnx": 4.5,
+    "openvino": 4.5,
     "gguf-lm": 2.8,
     "coreml": 4.1,
     "mlx": 3.0,
