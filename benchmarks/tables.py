@@ -271,6 +271,7 @@ def _times(exports: dict[tuple[str, str, str], tuple[Results, Results]], formats
                     f"`{name}`",
                     precision,
                     f"{_megabytes(results, precision):,.0f}",
+                    results.get("threads", "-"),
                     *(results.get(each, "-") for each in ("write_s", "wall_s", "cpu_s", "peak_gb", "peak_own_gb")),
                     f"{busy['before']}, {busy['after']}",
                 )
@@ -282,6 +283,7 @@ def _times(exports: dict[tuple[str, str, str], tuple[Results, Results]], formats
         "format",
         "precision",
         "MB",
+        "threads",
         "written, s",
         "and compared, s",
         "of processors, s",
