@@ -79,7 +79,7 @@ PRECISIONS = {
     "onnx": ("fp32", "fp16", "int8", "q4", "q4f16"),
     "openvino": ("fp32", "fp16"),
     "gguf-lm": ("fp32", "fp16", "bf16", "int8"),
-    "coreml": ("fp32", "fp16", "int8"),
+    "coreml": ("fp16", "fp32", "int8"),
     "mlx": ("bf16", "fp16", "int8", "int4"),
     "ios-bundle": ("fp16", "int8", "int4"),
 }

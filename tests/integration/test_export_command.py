@@ -11,6 +11,7 @@ import time
 from collections import namedtuple
 from hashlib import sha256
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,9 @@ from fastvlm import cli
 from fastvlm.checkpoint.load import load
 from fastvlm.checkpoint.save import save
 from fastvlm.config import Config
+from fastvlm.errors import ExportError
 from fastvlm.export import gguf_lm
+from fastvlm.export.openvino import _save as save_openvino
 from fastvlm.export.parts import Request, Source
 from fastvlm.export.verify import compare, draw_pictures
 
@@ -255,3 +258,18 @@ def test_a_gguf_holds_the_settings_and_the_tokenizer(tiny, tmp_path, capsys):
     assert all(tokens[index] == token for token, index in content["model"]["vocab"].items())
     assert tokens[checkpoint.tokenizer.im_end_id] == "<|im_end|>"
     assert len(found["tokenizer.ggml.merges"]) == len(content["model"]["merges"])
+
+
+def test_openvinos_own_writer_on_a_full_disk_is_said_in_one_line(tmp_path):
+    ov = pytest.importorskip("openvino")
+    resource = pytest.importorskip("resource", reason="sizes of files are limited on Unix")
+    given = ov.opset13.parameter([1, 512], np.float32)
+    matrix = ov.opset13.constant(np.ones((512, 512), np.float32))
+    model = ov.Model([ov.opset13.matmul(given, matrix, False, False)], [given])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(ExportError, match="cannot be written; is the disk full"):
+            save_openvino(ov, model, tmp_path / "model.xml", is_half=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

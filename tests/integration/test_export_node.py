@@ -96,6 +96,7 @@ def ask_node(packages, folder, scratch, questions, dtype="fp32"):
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_transformers_js_gives_our_answers_to_pictures_of_the_exports_size(packages, exported, dtype, tmp_path):
     texts = report_of(exported, dtype)["texts"]
+    assert texts["equal"] >= 0.95 * COUNT
     rounded = {each["picture"]: each["export"] for each in texts["different"]}  # as ONNX Runtime answers in Python
     assert len(rounded) == COUNT - texts["equal"], "the report shows the first few only"
     predictor = load("nano", device="cpu", dtype="float32")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastvlm.checkpoint import huggingface
 from fastvlm.checkpoint.save import MAX_LENGTH, write_generation_config, write_json
 from fastvlm.config import Config
+from fastvlm.errors import ExportError
 from fastvlm.export.graphs import Decoder, Embedder, Past
 from fastvlm.export.onnx import forget, release, trace_decoder, trace_embedding, trace_encoder
 from fastvlm.export.parts import (
@@ -79,7 +80,7 @@ def write(source: Source, request: Request, place: Path) -> Written:
             _make_stateful(converted, source.config)
         if request.precision == "fp32":
             _keep_float32(converted)
-        ov.save_model(converted, _path(place, name), compress_to_fp16=request.precision == "fp16")
+        _save(ov, converted, _path(place, name), is_half=request.precision == "fp16")
         del converted
         for path in place.glob(f"{scratch.name}*"):
             path.unlink()
@@ -97,6 +98,16 @@ def write(source: Source, request: Request, place: Path) -> Written:
         },
         versions=versions("onnx", "onnx-ir", "onnxscript", "openvino"),
     )
+
+
+def _save(ov: Any, model: Any, path: Path, *, is_half: bool) -> None:
+    """Write a model; where the disk is full OpenVINO raises a bare RuntimeError of C++'s streams."""
+    try:
+        ov.save_model(model, path, compress_to_fp16=is_half)
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("iostream", "basic_ios", "ios_base")):
+            raise
+        raise ExportError(f"{path.name} cannot be written; is the disk full?") from error
 
 
 def read(source: Source, request: Request, place: Path, precision: Precision) -> Exported:

@@ -141,7 +141,7 @@ class ExportOptions:
     """A second folder or file with the vision encoder, for Apple's iOS bundles."""
     precision: tuple[Precision, ...] = ()
     """Format of the weights; give it again for more of them, where the format holds several. By default the first
-    that docs/export.md names."""
+    that docs/export.md names: fp32 of onnx, openvino and gguf-lm, fp16 of coreml and ios-bundle, bf16 of mlx."""
     image_size: int | None = None
     """Side in pixels of the square that the encoder sees; by default what the model says."""
     batch: Literal["1", "dynamic"] | None = None
