@@ -40,11 +40,15 @@ class Painter:
     def __init__(self, looks: Looks, side: int) -> None:
         self._looks, self._side = looks, side
 
-    def counting_scene(self, rng: Random, number: int) -> tuple[Scene, Subject | None]:
-        """Draw `number` of one thing, alone or among others; also return what to ask about, None if it is absent."""
+    def counting_scene(self, rng: Random, number: int, crowded: float = 0.55) -> tuple[Scene, Subject | None]:
+        """Draw `number` of one thing, alone or, as often as `crowded` says, among others.
+
+        Returns:
+            The scene, and what to ask about; None if it is absent.
+        """
         target, ground = self._start(rng)
         wanted = [(target, number)] if number else []
-        num_others = rng.choice((1, 1, 2, 3)) if number == 0 or rng.random() < 0.55 else 0
+        num_others = rng.choice((1, 1, 2, 3)) if number == 0 or rng.random() < crowded else 0
         left = rng.randint(max(1, num_others), 8)
         is_same_shape = rng.random() < 0.45
         looks = [target]

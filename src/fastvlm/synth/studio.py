@@ -11,16 +11,22 @@ from fastvlm.synth.looks import Looks
 from fastvlm.synth.marks import marks_of
 from fastvlm.synth.notes import Writer
 from fastvlm.synth.phrases import Phrases
-from fastvlm.synth.questions import LARGEST_COUNT, Asked, absent, ask
+from fastvlm.synth.questions import LARGEST_COUNT, Asked, absent, ask, present
 from fastvlm.synth.sample import TASKS, Mark, Sample, Split
 from fastvlm.synth.scene import Scene, Subject
 from fastvlm.synth.sprites import Sprites, turned
 
 SHARES = {
-    "counting": 0.36, "reading": 0.27, "description": 0.12, "emoji": 0.08, "place": 0.08, "yes_no": 0.05,
+    "counting": 0.52, "reading": 0.20, "description": 0.08, "emoji": 0.05, "place": 0.07, "yes_no": 0.04,
     "colour": 0.04,
 }  # fmt: skip
-"""How often each task is drawn, for nano and wherever none is asked for."""
+"""How often each task is drawn, for nano and wherever none is asked for: what is learned last has most."""
+COUNTS = {0: 5, 1: 5, 2: 6, 3: 8, 4: 10, 5: 12, 6: 12, 7: 12, 8: 12, 9: 12, 10: 8}
+"""How often each number is drawn for training; of held-out pictures all are alike."""
+CROWDED = {"train": 0.75, "heldout": 0.55}
+"""How often what is counted has other things beside it."""
+EACH = 0.6
+"""How often further questions about a picture of several kinds are first of all about their numbers."""
 
 
 class Studio:
@@ -71,7 +77,11 @@ class Studio:
         """Draw a scene that suits the task, and say what to ask about (None: anything)."""
         roll = rng.random()
         if task == "counting":
-            scene, target = self._painter.counting_scene(rng, rng.randint(0, LARGEST_COUNT))
+            is_train = split == "train"
+            number = (
+                rng.choices(tuple(COUNTS), tuple(COUNTS.values()))[0] if is_train else rng.randint(0, LARGEST_COUNT)
+            )
+            scene, target = self._painter.counting_scene(rng, number, crowded=CROWDED[split])
             return scene, target or absent(scene, rng)
         if task == "reading" or (task in {"description", "yes_no", "place", "colour"} and roll < 0.14):
             return self._writers[split].scene(rng, is_small=task == "place"), None
@@ -110,18 +120,22 @@ def _traits(scene: Scene, facts: dict[str, Any]) -> dict[str, Any]:
 def _more(task: str, scene: Scene, facts: dict[str, Any], rng: Random) -> list[Asked]:
     """Further questions about the same picture: training gets more out of each drawing."""
     amount = rng.choice((1, 2, 3, 4, 5))
-    found: list[Asked] = []
     others = [other for other in TASKS if other != task or task in {"counting", "yes_no"}]
     if len(scene.things) > 1:  # of several kinds, and what is not there at all
         others += ["counting", "counting"]
     rng.shuffle(others)
-    for other in others:
+    wanted: list[tuple[str, Subject | None]] = [(other, None) for other in others]
+    if len(scene.groups()) > 1 and rng.random() < EACH:
+        wanted = [("counting", present(scene, rng)) for _ in range(rng.randint(2, 6))] + wanted
+    found: list[Asked] = []
+    for other, target in wanted:
         if len(found) == amount:
             break
-        asked = ask(other, scene, "train", rng)
+        asked = ask(other, scene, "train", rng, target)
         if other == "counting" and asked is not None and asked[1] in [facts, *(more[1] for more in found)]:
             continue  # asked and answered
         # Large things are in the center: unasked-for, that answer would drown the other places.
         if asked is not None and (asked[0].answer != "center" or rng.random() < 0.25):
             found.append(asked)
+    rng.shuffle(found)
     return found
