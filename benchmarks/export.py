@@ -77,11 +77,12 @@ def keep(model: str, name: str, flags: list[str], state: str) -> None:
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "load_average": {"before": round(busy, 1), "after": round(os.getloadavg()[0], 1)},
+        "source": manifest["source"],
         "versions": manifest["versions"],
         **took,
         "image": manifest["image"],
         "changes": manifest["changes"],
-        "megabytes": {path: round(file["bytes"] / 1e6, 1) for path, file in manifest["files"].items() if _is_big(file)},
+        "megabytes": {path: round(file["bytes"] / 1e6, 3) for path, file in manifest["files"].items() if _is_big(file)},
         "reports": parity["reports"],
     }
     path = RESULTS / f"export-{model.replace('.', '')}-{name}-{'-'.join(precisions)}.json"

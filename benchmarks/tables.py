@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from fastvlm.options import EXPORT_FORMATS
+
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 RESULTS = Path(__file__).parent / "results"
@@ -43,45 +45,31 @@ SCORED = {
     ROOT / "README.zh-CN.md": CHINESE,
     ROOT / "src" / "fastvlm" / "assets" / "nano" / "README.md": ENGLISH,
 }
-EXPORTS = {
+CHECKED = {  # of each format, what is checked here and what is not
     "onnx": (
-        "ONNX Runtime; transformers.js in Node and in browsers",
         "ONNX Runtime 1.32 on the CPU, always; transformers.js 4.3.1 in Node, in the tests",
         "browsers, WebGPU; float16 arithmetic, which ONNX Runtime's CPU widens",
     ),
     "openvino": (
-        "OpenVINO; its GenAI `VLMPipeline`",
         "OpenVINO 2026.4 on the CPU, always; GenAI 2026.4.1, in the tests",
         "Intel's GPU and NPU; beams",
     ),
     "gguf-lm": (
-        "llama.cpp and what is built on it; language half only",
         "every tensor, read back by the `gguf` package and computed with",
         "llama.cpp itself; its tokenizer",
     ),
     "coreml": (
-        "Core ML: iOS 16 or macOS 13 for the encoder, iOS 18 or macOS 15 for the language model",
-        "the saved packages, executed operation by operation by our own interpreter",
+        "the saved packages, executed operation by operation by our own interpreter; every saved weight",
         "Core ML itself: that it compiles them, on which processor, how fast",
     ),
     "mlx": (
-        "mlx-vlm 0.7.10",
         "the folder, loaded again, always; mlx-vlm's CPU build, in the tests",
         "the GPU of a Mac",
     ),
     "ios-bundle": (
-        "Apple's app for iPhone, iPad and Mac",
         "every file, key and tensor against what the app's loader reads; the numbers",
         "the app",
     ),
-}
-PRECISIONS = {
-    "onnx": ("fp32", "fp16", "int8", "q4", "q4f16"),
-    "openvino": ("fp32", "fp16"),
-    "gguf-lm": ("fp32", "fp16", "bf16", "int8"),
-    "coreml": ("fp16", "fp32", "int8"),
-    "mlx": ("bf16", "fp16", "int8", "int4"),
-    "ios-bundle": ("fp16", "int8", "int4"),
 }
 MODELS = {"nano": "nano", "05b": "0.5B", "05b-loud": "0.5B, loud"}
 EXPORTED = {
@@ -93,6 +81,7 @@ LIMITS = {  # what an export of 0.5B is meant to take at most
     "peak_gb": (12, "GB, mapped files included"),
     "peak_own_gb": (12, "GB of its own"),
 }
+ENCODER_MB = 130  # what the rounded encoder of ONNX is meant to take at most
 THEIRS = {  # MB, as the file list of onnx-community/FastVLM-0.5B-ONNX says
     "vision_encoder": {"fp32": 505, "fp16": 253, "int8": 223, "q4": 505, "q4f16": 253},
     "embed_tokens": {"fp32": 544, "fp16": 272, "int8": 136, "q4": 544, "q4f16": 272},
@@ -179,25 +168,27 @@ def _exports(folder: Path) -> dict[tuple[str, str, str], tuple[Results, Results]
     """By model, format and precision: the file of results, and its report of that precision."""
     found = {}
     for model in MODELS:
-        for name, precisions in PRECISIONS.items():
+        for name, kind in EXPORT_FORMATS.items():
             for path in sorted(folder.glob(f"export-{model}-{name}-*.json")):
                 results = json.loads(path.read_text(encoding="utf-8"))
                 for report in results["reports"]:
-                    assert report["precision"] in precisions, path
+                    assert report["precision"] in kind.precisions, path
                     found[model, name, report["precision"]] = results, report
-    order = [(model, name, each) for model in MODELS for name in PRECISIONS for each in PRECISIONS[name]]
+    order = [
+        (model, name, each) for model in MODELS for name, kind in EXPORT_FORMATS.items() for each in kind.precisions
+    ]
     return {key: found[key] for key in order if key in found}
 
 
 def _formats(exports: dict[tuple[str, str, str], tuple[Results, Results]]) -> str:
     rows = []
-    for name, (reader, checked, unchecked) in EXPORTS.items():
+    for name, kind in EXPORT_FORMATS.items():
         sizes = []
-        for precision in PRECISIONS[name]:
+        for precision in kind.precisions:
             results = exports.get(("05b", name, precision))
             size = "" if results is None else f" {_megabytes(results[0], precision):,.0f} MB"
             sizes.append(f"`{precision}`{size}")
-        rows.append((f"`{name}`", reader, ", ".join(sizes), checked, unchecked))
+        rows.append((f"`{name}`", kind.reader, ", ".join(sizes), *CHECKED[name]))
     return _rows(
         ("format", "who runs it", "precisions, and the size of 0.5B", "checked here", "not checked here"), rows
     )
@@ -212,20 +203,25 @@ def _megabytes(results: Results, precision: str) -> float:
 
 
 def _downloads(exports: dict[tuple[str, str, str], tuple[Results, Results]]) -> str:
-    precisions = [each for each in PRECISIONS["onnx"] if ("05b", "onnx", each) in exports]
-    rows = []
-    total = {each: [0.0, 0.0] for each in precisions}
+    precisions = [each for each in EXPORT_FORMATS["onnx"].precisions if ("05b", "onnx", each) in exports]
+    rows, rounded = [], []
+    total = {each: (0.0, 0) for each in precisions}
     for file, theirs in THEIRS.items():
         row: list[object] = [file]
         for each in precisions:
             ending = "" if each == "fp32" else f"_{each}"
             files = exports["05b", "onnx", each][0]["megabytes"]
             size = sum(files.get(f"onnx/{file}{ending}.onnx{more}", 0.0) for more in ("", "_data"))
-            row += [f"{size:,.0f}", f"{theirs[each]:,}"]
-            total[each] = [total[each][0] + size, total[each][1] + theirs[each]]
+            row += [f"{size:,.1f}", f"{theirs[each]:,}"]
+            if file == "vision_encoder" and each not in ("fp32", "fp16"):
+                rounded.append(f"{size:.3f} ({each})")
+            total[each] = (total[each][0] + size, total[each][1] + theirs[each])
         rows.append(row)
-    rows.append(["together", *(f"{size:,.0f}" for each in precisions for size in total[each])])
-    return _rows(["file, MB", *(word for each in precisions for word in (each, "theirs"))], rows)
+    rows.append(
+        ["together", *(word for each in precisions for word in (f"{total[each][0]:,.1f}", f"{total[each][1]:,}"))]
+    )
+    table = _rows(["file, MB", *(word for each in precisions for word in (each, "theirs"))], rows)
+    return f"{table}\n\nThe rounded encoder is meant to take at most {ENCODER_MB} MB: {', '.join(rounded)}."
 
 
 def _parity(exports: dict[tuple[str, str, str], tuple[Results, Results]], formats: tuple[str, ...]) -> str:
@@ -235,8 +231,9 @@ def _parity(exports: dict[tuple[str, str, str], tuple[Results, Results]], format
             continue
         made = report.get("features") or report.get("image_embeds")
         texts, count, side = report["texts"], report["pictures"]["count"], report["pictures"]["image_size"]
-        ties = texts["equal_or_tied"] - texts["equal"]
-        equal = f"{texts['equal']} of {count}" + (f", {ties} at a tie" if ties else "")
+        ties, same = texts["equal_or_tied"] - texts["equal"], texts.get("same_tokens", texts["equal"])
+        equal = f"{texts['equal']} of {count}" + (f", {same} token by token" if same < texts["equal"] else "")
+        equal += f", {ties} at a tie" if ties else ""
         logits = report.get("logits")
         rows.append((MODELS[model], f"`{name}`", precision, side, *_close(made), *_close(logits), equal))
     head = (

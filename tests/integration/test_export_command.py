@@ -24,13 +24,14 @@ from fastvlm.export import gguf_lm
 from fastvlm.export.openvino import _save as save_openvino
 from fastvlm.export.parts import Request, Source
 from fastvlm.export.verify import compare, draw_pictures
+from fastvlm.options import EXPORT_FORMATS
 
 gguf = pytest.importorskip("gguf")
 Usage = namedtuple("Usage", "total used free")
 
 
 def export(capsys, out, *args, model, name="gguf-lm"):
-    size = () if "--image-size" in args else ("--image-size", "64")
+    size = () if name == "gguf-lm" or "--image-size" in args else ("--image-size", "64")
     count = () if "--pictures" in args else ("--pictures", "2")
     status = cli.main(["export", name, "--model", str(model), "--out", str(out), *size, *count, *args])
     return status, *capsys.readouterr()
@@ -53,8 +54,9 @@ def test_an_export_says_what_it_is_and_leaves_its_source_alone(tiny, tmp_path, c
     assert set(manifest["files"]) == files
     for name, file in manifest["files"].items():
         assert file["sha256"] == sha256((tmp_path / "out" / name).read_bytes()).hexdigest()
-    assert manifest["image"]["tokens"] == 1
+    assert manifest["image"]["tokens"] == 16
     assert manifest["image"]["fit"] == "pad"
+    assert manifest["image"]["ends_in"] is None
     assert manifest["versions"]["gguf"]
     (report,) = json.loads((tmp_path / "out" / "parity.json").read_text())["reports"]
     assert report["failures"] == []
@@ -128,9 +130,7 @@ def test_one_changed_weight_is_noticed(tiny, tmp_path):
     [
         (("--precision", "q4"), "gguf-lm has no precision 'q4'; it has fp32, fp16, bf16, int8"),
         (("--precision", "fp32", "--precision", "fp16"), "gguf-lm holds one precision"),
-        (("--precision", "fp32", "--precision", "fp32"), "precision names 'fp32' twice"),
-        (("--image-size", "100"), "image_size must be a multiple of 64, got 100"),
-        (("--image-size", "16384"), "takes 65536 tokens, the model's context holds 32768"),
+        (("--precision", "int8", "--precision", "fp32", "--precision", "fp32"), "precision names 'fp32' twice"),
         (("--pictures", "0"), "pictures must be between 1 and 10000, got 0"),
     ],
 )
@@ -141,6 +141,75 @@ def test_options_that_do_not_go_together_are_one_line(tiny, tmp_path, capsys, ar
     assert said in err
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("side", "said"),
+    [
+        ("100", "image_size must be a multiple of 64, got 100"),
+        ("16384", "takes 65536 tokens, the model's context holds 32768"),
+    ],
+)
+def test_pictures_that_do_not_fit_the_model_are_one_line(tiny, tmp_path, capsys, side, said):
+    status, _, err = export(capsys, tmp_path / "out", "--image-size", side, model=tiny, name="mlx")
+
+    assert status == 2
+    assert said in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+GIVEN = {"image_size": ("--image-size", "64"), "batch": ("--batch", "1"), "with_projector": ("--with-projector",)}
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name, kind in EXPORT_FORMATS.items() for option in kind.refuses]
+)
+def test_an_option_that_a_format_cannot_honour_is_refused_before_the_model_is_read(tmp_path, capsys, name, option):
+    command = ["export", name, "--model", str(tmp_path / "missing"), "--out", str(tmp_path / "out"), *GIVEN[option]]
+
+    status = cli.main(command)
+
+    err = capsys.readouterr().err
+    assert status == 2
+    assert err == f"fastvlm: error: {name} takes no {GIVEN[option][0]}: {EXPORT_FORMATS[name].refuses[option]}\n"
+
+
+def test_these_options_are_refused_by_these_formats():
+    refused = {name: sorted(kind.refuses) for name, kind in EXPORT_FORMATS.items()}
+
+    assert refused == {
+        "onnx": [],
+        "openvino": [],
+        "gguf-lm": ["batch", "image_size", "with_projector"],
+        "coreml": [],
+        "mlx": ["batch", "with_projector"],
+        "ios-bundle": ["batch", "with_projector"],
+    }
+
+
+@pytest.mark.parametrize("name", EXPORT_FORMATS)
+def test_the_help_of_a_format_says_what_it_can_do(capsys, name):
+    kind = EXPORT_FORMATS[name]
+
+    status = cli.main(["export", name, "--help"])
+
+    out = capsys.readouterr().out
+    assert status == 0
+    assert f"{kind.precisions[0]} (default), {', '.join(kind.precisions[1:])};" in out
+    assert f"--precision {{{','.join(kind.precisions)}}}" in out
+    assert (f"pip install 'fastvlm[{kind.extra}]'" in out) == (kind.extra is not None)
+    for option, (flag, *_) in GIVEN.items():
+        assert (option in kind.refuses) == (f"\n  {flag} " not in out)
+    assert all(reason in " ".join(out.split()) for reason in kind.refuses.values())
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_help_of_the_command_names_the_formats(capsys):
+    cli.main(["export", "--help"])
+
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(f" {name} {kind.reader} " in out for name, kind in EXPORT_FORMATS.items())
 
 
 def test_an_unknown_format_is_one_line(tiny, tmp_path, capsys):

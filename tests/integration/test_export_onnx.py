@@ -66,6 +66,15 @@ def test_smaller_files_are_close(folder, precision):
     assert small < whole * 0.8
 
 
+def test_the_changes_say_in_words_what_was_rounded(folder):
+    text = (folder / "CHANGES.md").read_text()
+
+    assert "int8: the encoder's large kernels" in text
+    assert "q4: " in text
+    assert "the decoder's matrices in 4 bits" in text
+    assert "manifest.json" not in text
+
+
 def weights_in_memory():
     gc.collect()
     return sum(each.numel() for each in gc.get_objects() if type(each) is torch.nn.Parameter)

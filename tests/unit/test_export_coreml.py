@@ -22,7 +22,8 @@ pytest.importorskip("coremltools", exc_type=ImportError)
 from fastvlm.export import coreml
 from fastvlm.export.coreml_convert import Input, find_islands, traced, write_package
 from fastvlm.export.coreml_interpreter import Program
-from fastvlm.export.parts import Request, Source
+from fastvlm.export.coreml_weights import find_weights
+from fastvlm.export.parts import Request, Source, folded_copy
 from fastvlm.export.run import run
 from fastvlm.export.verify import compare, draw_pictures
 from fastvlm.options import ExportOptions
@@ -112,6 +113,95 @@ def test_one_changed_weight_in_the_file_shows(encoder, encoder_package, tmp_path
 
     found = Program(copy).run({"x": pixels()})["y"]
     assert relative(found, encoder(pixels())) > 1e-3
+
+
+def weight_file(package):
+    return package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+
+
+def flip(package, stored, index, bit=0x80):
+    """Turn one bit of one number of a tensor as it is stored: the sign, which little-endian machines keep last."""
+    file, content = weight_file(package), stored.contiguous().numpy().tobytes()
+    whole = bytearray(file.read_bytes())
+    assert whole.count(content) == 1
+    size = stored.element_size()
+    whole[whole.index(content) + index * size + size - 1] ^= bit
+    file.write_bytes(whole)
+
+
+def ordinary(weight):
+    """Where a number is whose size is in the middle of all."""
+    return int(weight.abs().flatten().argsort()[weight.numel() // 2])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stem.0.reparam_conv.weight",
+        "stages.0.blocks.0.token_mixer.reparam_conv.weight",
+        "stages.1.blocks.0.mlp.fc2.weight",
+        "stages.1.blocks.0.mlp.fc1.bias",
+        "stages.1.blocks.0.token_mixer.qkv.weight",
+        "final_conv.se.fc1.weight",
+    ],
+)
+def test_the_sign_of_one_ordinary_weight_is_noticed_in_any_tensor(encoder, encoder_package, tmp_path, name):
+    copy = shutil.copytree(encoder_package, tmp_path / "copy.mlpackage")
+    weight = encoder.state_dict()[name]
+
+    flip(copy, weight, ordinary(weight))
+
+    assert all(find_weights(encoder_package, encoder).values())
+    assert [each for each, is_found in find_weights(copy, encoder).items() if not is_found] == [
+        f"copy.mlpackage: {name}"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_it_is_noticed_in_fewer_bits_too(encoder, tmp_path, precision):
+    path, name = tmp_path / "e.mlpackage", "stages.1.blocks.0.mlp.fc2.weight"
+    program = package(encoder, pixels(), path, precision=precision)
+    weight = encoder.state_dict()[name]
+    stored = weight.half()
+    if precision == "int8":
+        (stored,) = next(
+            each.arguments["quantized_data"]
+            for each in program._operations
+            if "mlp_fc2_weight" in each.outputs[0] and "stages_1" in each.outputs[0]
+        )
+    sound = find_weights(path, encoder)
+
+    flip(path, stored, ordinary(weight))
+
+    assert all(sound.values())
+    assert [each for each, is_found in find_weights(path, encoder).items() if not is_found] == [f"e.mlpackage: {name}"]
+
+
+class Twice(nn.Module):
+    """Two layers with the same numbers, of which coremltools keeps one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.second.load_state_dict(self.first.state_dict())
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def test_weights_that_are_equal_are_found_though_one_is_kept(tmp_path):
+    module, path = Twice().eval(), tmp_path / "t.mlpackage"
+    package(module, torch.rand(1, 64), path)
+    sound = find_weights(path, module)
+
+    flip(path, module.first.weight.detach(), ordinary(module.first.weight.detach()))
+
+    assert all(sound.values())
+    assert [name for name, is_found in find_weights(path, module).items() if not is_found] == [
+        "t.mlpackage: first.weight",
+        "t.mlpackage: second.weight",
+    ]
 
 
 def test_a_file_of_weights_that_was_cut_is_named(encoder_package, tmp_path):
@@ -302,7 +392,9 @@ def test_a_small_model_is_exported_whole_compared_and_described(tiny, tmp_path):
     (report,) = json.loads((folder / "parity.json").read_text())["reports"]
     assert report["features"]["relative"] < 1e-3
     assert report["image_embeds"]["relative"] < 1e-3
+    assert report["logits_same_cache"]["relative"] < 1e-3 < report["logits"]["relative"] < 1e-2  # float16, felt
     assert report["texts"]["equal"] == 1
+    assert report["weights"] == {"compared": 116, "different": []}
     assert {"encoder.mlpackage", "projector.mlpackage", "language.mlpackage"} <= {
         path.name for path in folder.iterdir()
     }
@@ -321,7 +413,7 @@ def test_a_small_model_is_exported_whole_compared_and_described(tiny, tmp_path):
         ({"precision": ("fp16", "fp32")}, "coreml holds one precision"),
         ({"image_size": 100}, "image_size must be a multiple of 64, got 100"),
         ({"image_size": 2816}, "takes 1936 tokens, Core ML's cache has room for 2048"),
-        ({"format": "ios-bundle", "with_projector": True}, "leave --with-projector away"),
+        ({"format": "ios-bundle", "with_projector": True}, "ios-bundle takes no --with-projector"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(values, match, tiny, tmp_path):
@@ -329,6 +421,29 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(values, m
         run(ExportOptions(**{"format": "coreml", "model": str(tiny), "out": str(tmp_path / "out"), **values}))
 
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        (coreml.ENCODER, "vision.stages.2.blocks.1.mlp.fc1.weight"),
+        (coreml.LANGUAGE, "language.layers.1.mlp.down_proj.weight"),
+        (coreml.LANGUAGE, "language.embed_tokens.weight"),
+    ],
+)
+def test_the_comparison_fails_when_one_saved_weight_has_the_other_sign(tiny, tmp_path, file, name):
+    source = Source(checkpoint.load(tiny), lambda: checkpoint.load(tiny, dtype=torch.float32).model)
+    request = Request(precisions=("fp32",), image_size=64, has_dynamic_batch=False, with_projector=False)
+    coreml.write(source, request, tmp_path)
+    weight = folded_copy(source).state_dict()[name]
+
+    flip(tmp_path / file, weight, ordinary(weight))
+
+    exported = coreml.read(source, request, tmp_path, "fp32")
+    found = compare(source, request, exported, draw_pictures(1), precision="fp32")
+    assert found["weights"]["different"] == [f"{file}: {name}"]
+    assert f"1 of 116 saved weights are not the model's, '{file}: {name}' first" in found["failures"]
 
 
 @pytest.mark.slow
@@ -340,12 +455,8 @@ def test_a_projector_that_was_changed_is_noticed(tiny, tmp_path):
     pictures = draw_pictures(1)
 
     sound = compare(source, request, coreml.read(source, request, tmp_path, "fp32"), pictures, precision="fp32")
-    file = tmp_path / coreml.PROJECTOR / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
-    stored = file.read_bytes()
     weight = loaded.model.projector.fc2.weight.detach().float()
-    value = weight.flatten()[weight.abs().argmax()].numpy().tobytes()
-    assert stored.count(value) == 1
-    file.write_bytes(stored.replace(value, value[:3] + bytes([value[3] ^ 0x40])))  # in the exponent
+    flip(tmp_path / coreml.PROJECTOR, weight, int(weight.abs().argmax()), bit=0x40)  # in the exponent
     broken = compare(source, request, coreml.read(source, request, tmp_path, "fp32"), pictures, precision="fp32")
 
     assert sound["failures"] == []

@@ -19,7 +19,7 @@ from fastvlm.export.coreml_convert import Input, traced, write_package
 from fastvlm.export.parts import Request, Source
 from fastvlm.export.run import run
 from fastvlm.model.fastvlm import FastVLM
-from fastvlm.options import ExportOptions
+from fastvlm.options import EXPORT_FORMATS, ExportOptions
 
 
 class Shaped(nn.Module):
@@ -140,7 +140,7 @@ def test_another_geometry_is_refused_before_anything_is_written(tiny, tmp_path):
 def test_another_size_or_batch_is_refused(change, source):
     standard = replace(source.checkpoint, model=shapes_only(lambda: FastVLM(PRESETS["0.5b"])))
     request = Request(precisions=("fp16",), image_size=1024, has_dynamic_batch=False, with_projector=True)
-    for precision in ios_bundle.PRECISIONS:
+    for precision in EXPORT_FORMATS["ios-bundle"].precisions:
         assert ios_bundle.check(Source(standard, source.load), replace(request, precisions=(precision,))) > 10**9
 
     with pytest.raises(ExportError, match="one picture of 1024 pixels"):

@@ -33,6 +33,8 @@ class Verb:
     """Name of a class in `fastvlm.options`."""
     run: str
     """`module:function`, called with the options and the output."""
+    help: str = ""
+    """`module:function` that rewrites the help for some arguments, called with it and them."""
 
 
 VERBS = {
@@ -43,7 +45,12 @@ VERBS = {
     "models pull": Verb("download one of Apple's models", "ModelsPullOptions", "fastvlm.cli.models:pull"),
     "models init": Verb("write a model of random weights", "ModelsInitOptions", "fastvlm.cli.models:init"),
     "convert": Verb("rewrite a checkpoint for other programs", "ConvertOptions", "fastvlm.cli.models:convert"),
-    "export": Verb("write a model for ONNX, OpenVINO, Core ML, MLX", "ExportOptions", "fastvlm.cli.export:run"),
+    "export": Verb(
+        "write a model for ONNX, OpenVINO, Core ML, MLX",
+        "ExportOptions",
+        "fastvlm.cli.export:run",
+        "fastvlm.cli.formats:narrow",
+    ),
     "quantize": Verb("give the language model 8 or 4 bits a weight", "QuantizeOptions", "fastvlm.cli.quantize:run"),
     "push": Verb("send a checkpoint to the Hugging Face hub", "PushOptions", "fastvlm.cli.push:run"),
     "train": Verb("train a model", "TrainOptions", "fastvlm.cli.train:run"),
@@ -122,10 +129,15 @@ def _dispatch(args: Sequence[str], output: Output) -> None:
     try:
         options = flags.parse(kind, rest, f"fastvlm {name}")
     except flags.HelpAsked as asked:
-        output.write(str(asked))
+        output.write(_named(verb.help)(str(asked), rest) if verb.help else str(asked))
         return
-    module, _, function = verb.run.partition(":")
-    getattr(importlib.import_module(module), function)(options, output)
+    _named(verb.run)(options, output)
+
+
+def _named(place: str) -> Any:
+    """What `module:function` names."""
+    module, _, function = place.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _verb(args: Sequence[str]) -> tuple[str, Sequence[str]]:

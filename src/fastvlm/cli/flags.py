@@ -18,7 +18,7 @@ _CONFIG = (tyro.conf.UseAppendAction, tyro.conf.FlagCreatePairsOff, tyro.conf.Om
 _RULE = re.compile(r" *-{4,} *")
 _NO_DEFAULT = re.compile(r"\s*\(default:\s+(None|False)?\)")
 _MAYBE_NONE = re.compile(r"\{None\}\|(\S+)|\{None,(\S+)")
-_WIDTH = 79
+WIDTH = 79
 _WANTED = {int: "a whole number", float: "a number"}
 
 
@@ -190,7 +190,7 @@ def _plain(text: str) -> str:
         elif row.startswith("  "):
             rows.append(row.rstrip())
         else:
-            rows += textwrap.wrap(row, _WIDTH, subsequent_indent="  " * row.startswith("usage:")) or [""]
+            rows += textwrap.wrap(row, WIDTH, subsequent_indent="  " * row.startswith("usage:")) or [""]
     text = re.sub(r"\(repeatable,\s+appends\s+to:", "(repeatable; default:", "\n".join(rows))
     plain = _NO_DEFAULT.sub("", _MAYBE_NONE.sub(_without_none, text))
     return re.sub(r" +\n", "\n", re.sub(r"\n{3,}", "\n\n", plain)).strip() + "\n"

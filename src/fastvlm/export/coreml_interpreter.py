@@ -7,8 +7,8 @@ that what overflows there becomes infinite here. Names and meanings of the opera
 intermediate language (https://apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -58,6 +58,16 @@ class _Operation:
     def reads(self) -> list[str]:
         """The names of what goes in."""
         return [str(each) for values in self.arguments.values() for each in values if isinstance(each, _Name)]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Numbers that a package holds."""
+
+    name: str
+    values: Tensor
+    step: Tensor | None = None
+    """How far apart neighbours are, for each, where they are stored as whole numbers."""
 
 
 class _Name(str):
@@ -163,6 +173,24 @@ class Program:
             for name in released - set(names):
                 values.pop(name, None)
         return {name: self._value(_Name(name), values) for name in names}
+
+    def constants(self) -> Iterator[Constant]:
+        """All floating-point constants; those that are stored as whole numbers as the floats that they stand for."""
+        for name, value in self._constants.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                yield Constant(name, value)
+        for operation in self._operations:
+            if operation.type in _STORED:
+                data, zero = _STORED[operation.type]
+                given = {key: self._wide(value, {}) for key, (value,) in operation.arguments.items()}
+                values, step = (
+                    self._execute(replace(operation, arguments={key: (each[key],) for key in each}), {})[0]
+                    for each in (
+                        given,
+                        given | {data: torch.ones_like(given[data]), zero: torch.zeros_like(given[zero])},
+                    )
+                )
+                yield Constant(operation.outputs[0], values, step)
 
     def behind(self, types: Sequence[str], *, steps: int | None = None) -> set[str]:
         """Name the results of operations of some types, and of what goes into them over so many steps, or over all."""
@@ -434,6 +462,10 @@ def _spread(blocks: Tensor, shape: torch.Size) -> Tensor:
 
 
 _STATE: Final = {"read_state", "write_state"}
+_STORED: Final = {  # as whole numbers: where an operation has them, and what stands for zero
+    "constexpr_affine_dequantize": ("quantized_data", "zero_point"),
+    "constexpr_blockwise_shift_scale": ("data", "offset"),
+}
 _OPERATIONS: Final[Mapping[str, Callable[[Inputs], Tensor | tuple[Tensor, ...]]]] = {
     "add": lambda inputs: inputs["x"] + inputs["y"],
     "cast": lambda inputs: inputs["x"],  # the output's type, which is stated, does the rest

@@ -23,8 +23,6 @@ from fastvlm.model.language import Qwen2
 from fastvlm.options import Precision
 from fastvlm.prompt import chat_template
 
-PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "bf16", "int8")
-HOLDS_SEVERAL: Final = False
 TOLERANCES: Final[dict[Precision, Tolerance]] = {
     "fp32": FLOAT32,
     "fp16": Tolerance(logits=1e-2, texts=0.9),
@@ -68,6 +66,7 @@ def write(source: Source, request: Request, place: Path) -> Written:
         notes=[f"The language model alone, as GGUF of the architecture qwen2, matrices in {kind.name}."],
         inputs={_name(request.precision): "read by llama.cpp and its users; encoder and projector are not in it"},
         versions=versions("gguf"),
+        ends_in=None,
     )
 
 

@@ -44,8 +44,6 @@ from fastvlm.model.fastvlm import FastVLM
 from fastvlm.options import Precision
 from fastvlm.prompt import Tokenizer, chat_template
 
-PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "int8", "q4", "q4f16")
-HOLDS_SEVERAL: Final = True
 ENCODER, EMBEDDING, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
 TOLERANCES: Final[dict[Precision, Tolerance]] = {
     "fp32": FLOAT32,
@@ -55,6 +53,18 @@ TOLERANCES: Final[dict[Precision, Tolerance]] = {
     "q4f16": Tolerance(cosine=0.999, logits_cosine=0.9),
 }
 OPSET: Final = 21
+_INT8_PICTURES: Final = (
+    "the encoder's large kernels and the projector in int8, a scale an output channel, its depthwise and small kernels "
+    "in float16; the table of tokens in int8, a scale a row; "
+)
+_Q4: Final = (
+    "the decoder's matrices in 4 bits, head, projections to values and last layer in 8, a scale and a zero point for "
+)
+_QUANTISED: Final[dict[Precision, str]] = {  # for CHANGES.md, which lies beside files without this documentation
+    "int8": f"{_INT8_PICTURES}the decoder's matrices in 8 bits, a scale and a zero point for {quantise.BLOCK} weights.",
+    "q4": f"{_INT8_PICTURES}{_Q4}{quantise.BLOCK} weights.",
+    "q4f16": f"{_INT8_PICTURES}{_Q4}{quantise.BLOCK} weights; what is left in float16.",
+}
 _BYTES: Final[dict[Precision, float]] = {"fp32": 4.2, "fp16": 2.1, "int8": 1.3, "q4": 1.2, "q4f16": 1.2}  # a weight
 _MAX_PROTOBUF: Final = 1_900_000_000  # a protobuf ends at 2 GB; larger weights lie beside it
 _MANY: Final = 2  # rows or pictures in a traced example: one would be taken for a constant
@@ -99,8 +109,7 @@ def write(source: Source, request: Request, place: Path) -> Written:
                     external[path.name] = 1
             release(traced)
         forget(model)
-    if set(request.precisions) - {"fp32", "fp16"}:
-        notes.append("Weights quantised: see `precisions` in manifest.json and docs/export.md of fastvlm.")
+    notes += [f"{each}: {_QUANTISED[each]}" for each in request.precisions if each in _QUANTISED]
     _write_settings(place, source.config, source.tokenizer, external)
     language = source.config.language
     side = request.image_size

@@ -41,8 +41,6 @@ from fastvlm.model.language import Qwen2
 from fastvlm.options import Precision
 from fastvlm.prompt import Tokenizer, chat_template
 
-PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16")
-HOLDS_SEVERAL: Final = False
 TOLERANCES: Final[dict[Precision, Tolerance]] = {
     "fp32": FLOAT32,
     "fp16": Tolerance(features=1e-2, cosine=0.9999, logits=1e-2, texts=0.9),

@@ -4,12 +4,13 @@ Letters: `P` images, `H, W` pixels, `N` positions of an image, `C` channels of v
 `T` tokens, `V` vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import version
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,8 @@ class Tolerance:
     """Least cosine between what the encoder makes of a picture and what eager makes, both flattened."""
     logits: float | None = None
     """Largest difference of logits, as a share of the largest one."""
+    same_cache: float | None = None
+    """The same beside an eager whose keys and values are rounded as the export keeps them."""
     logits_cosine: float | None = None
     """Least cosine between the logits along an answer, flattened, and eager's."""
     texts: float | None = None
@@ -115,6 +118,10 @@ class Exported:
     """Token ids `(1, T)` to embeddings `(1, T, D)`."""
     begin: Callable[[], Step] | None = None
     """Begin a sentence with an empty cache."""
+    cache_dtype: torch.dtype | None = None
+    """What keys and values of earlier tokens are kept in, where that is not the format of the arithmetic."""
+    weights: Callable[[], Mapping[str, bool]] | None = None
+    """Whether each of the model's weights was found in the files as it has to be, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +134,8 @@ class Written:
     """Inputs and outputs of the files, `file: name [shape]`, for the manifest."""
     versions: dict[str, str] = field(default_factory=dict)
     """Packages that wrote the files."""
-    ends_in_features: bool = False
-    """Whether the encoder's file ends before the projector."""
+    ends_in: Literal["image embeddings", "features"] | None = "image embeddings"
+    """What the encoder's file gives: `features` before the projector; None where no encoder is written."""
 
 
 class ImageEncoder(nn.Module):

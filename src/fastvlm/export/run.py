@@ -1,9 +1,7 @@
 """`fastvlm export`: check, write beside the target, read back, compare with eager, describe, rename.
 
-A format is a module of this folder, named in `FORMATS` and imported when it is asked for. Each has:
-
-    PRECISIONS: tuple[Precision, ...]      what it can write; the first is the default
-    HOLDS_SEVERAL: bool                    whether one folder can hold several precisions
+What a format can do is in `options.EXPORT_FORMATS`; the rest is refused before anything is read. Its code is a module
+of this folder, named in `MODULES` and imported when it is asked for. Each has:
 
     def check(source: Source, request: Request) -> int
         Before anything is written: raise ExportError where a package is missing (`parts.needs`) or the model does not
@@ -41,9 +39,9 @@ from fastvlm.export.manifest import MANIFEST, PARITY, is_of_export, write_manife
 from fastvlm.export.parts import Request, Source
 from fastvlm.export.verify import MANY_PARAMETERS, compare, draw_pictures, summarise
 from fastvlm.model.fastvlm import FastVLM
-from fastvlm.options import ExportOptions
+from fastvlm.options import EXPORT_FORMATS, ExportOptions
 
-FORMATS: Final = {
+MODULES: Final = {
     "onnx": "fastvlm.export.onnx",
     "openvino": "fastvlm.export.openvino",
     "gguf-lm": "fastvlm.export.gguf_lm",
@@ -51,7 +49,6 @@ FORMATS: Final = {
     "mlx": "fastvlm.export.mlx",
     "ios-bundle": "fastvlm.export.ios_bundle",
 }
-_FIXED: Final = ("coreml", "ios-bundle")  # formats that take one picture unless asked otherwise
 _FLOAT32_COPIES: Final = {  # of all weights, at the most: eager, what is being written, and what runs it
     "onnx": 4.5,
     "openvino": 4.5,
@@ -73,15 +70,13 @@ def run(options: ExportOptions, *, report: Callable[[str], None] | None = None) 
     Raises:
         ExportError: A package is missing, the model does not fit the format, the memory or the disk, or what was
             written does not compute what the model computes; then nothing is left behind.
-        InputError: The options do not go together.
+        InputError: A picture of this size does not fit the model.
         CheckpointError: The model cannot be read, or the target may not be replaced.
     """
     say = report or (lambda line: None)
-    if options.format not in FORMATS:
-        raise ExportError(f"there is no format {options.format!r}; expected one of {', '.join(FORMATS)}")
-    module = import_module(FORMATS[options.format])
+    module = import_module(MODULES[options.format])
     source = _source(options)
-    request = _request(options, source, module)
+    request = _request(options, source)
     with staged_folder(options.out, overwrite=options.overwrite, marks=(MANIFEST,), is_known=is_of_export) as place:
         _check_room(source, module.check(source, request), place, copies=_FLOAT32_COPIES[options.format])
         say(f"writing {options.format} ({', '.join(request.precisions)})")
@@ -114,15 +109,8 @@ def _source(options: ExportOptions) -> Source:
     )
 
 
-def _request(options: ExportOptions, source: Source, module: ModuleType) -> Request:
-    precisions = options.precision or module.PRECISIONS[:1]
-    for precision in precisions:
-        if precision not in module.PRECISIONS:
-            raise InputError(f"{options.format} has no precision {precision!r}; it has {', '.join(module.PRECISIONS)}")
-    if len(precisions) > 1 and not module.HOLDS_SEVERAL:
-        raise InputError(f"{options.format} holds one precision, got {', '.join(precisions)}; export each on its own")
-    if options.with_projector and options.format == "ios-bundle":
-        raise InputError("ios-bundle has the projector among the weights of Apple's app; leave --with-projector away")
+def _request(options: ExportOptions, source: Source) -> Request:
+    kind = EXPORT_FORMATS[options.format]
     vision, room = source.config.vision, source.config.language.max_positions
     if vision.num_image_tokens >= room:
         raise InputError(
@@ -130,9 +118,9 @@ def _request(options: ExportOptions, source: Source, module: ModuleType) -> Requ
             f"holds {room}; take a smaller --image-size"
         )
     return Request(
-        precisions=precisions,
+        precisions=options.precision or kind.precisions[:1],
         image_size=source.config.vision.image_size,
-        has_dynamic_batch=(options.batch or ("1" if options.format in _FIXED else "dynamic")) == "dynamic",
+        has_dynamic_batch=(options.batch or ("1" if kind.is_fixed else "dynamic")) == "dynamic",
         with_projector=options.with_projector or options.format != "coreml",
     )
 

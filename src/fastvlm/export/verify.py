@@ -14,9 +14,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from fastvlm.export.parts import Exported, Request, Source, Step, Tolerance, num_image_tokens
+from fastvlm.export.parts import Exported, Request, Source, Step, num_image_tokens
 from fastvlm.generate import forbidden, generate, make_cache, prefill
 from fastvlm.image import to_pixels
+from fastvlm.model.cache import KVCache
 from fastvlm.model.merge import merge
 from fastvlm.options import GenerationOptions, Precision
 from fastvlm.predict import Predictor
@@ -27,6 +28,7 @@ from fastvlm.synth.studio import Studio
 
 TOKENS: Final = 24  # of an answer that is compared
 MANY_PARAMETERS: Final = 100_000_000  # above it a token takes seconds, and fewer are compared
+TIE: Final = 1e-3  # of the largest logit; where eager holds two tokens closer, another choice is a tie
 ROOM: Final = 512  # positions for a question and its answer, beside the picture's
 SEED: Final = 4_000_000  # pictures that no training and no reported evaluation has seen
 _SHOWN: Final = 5
@@ -74,9 +76,11 @@ def compare(
     """Run both on the same pictures and questions; return the report, whose `failures` is empty when they are equal.
 
     Logits are those after the prompt and after each token of eager's answer, both from eager's embeddings, so that the
-    encoder's share is not counted twice. The greedy answers are the export's own from the pixels on. An answer that
-    leaves eager's at a near tie (eager's logits of the two tokens differ by less than the tolerance) counts as equal,
-    and is counted apart.
+    encoder's share is not counted twice; where the export keeps keys and values rounded, beside an eager that does so,
+    too. The greedy answers are the export's own from the pixels on; they are equal
+    when their texts are, and those whose tokens are equal, too, are counted beside them. An answer that leaves eager's
+    at a tie (eager's logits of the two tokens differ by less than `TIE` of the largest, in every format) is counted
+    apart.
     """
     rows = [_Row(source, request, exported, picture) for picture in pictures]
     report: dict[str, Any] = {
@@ -87,6 +91,12 @@ def compare(
     }
     failures: list[str] = []
     tolerance = exported.tolerance
+    if exported.weights is not None:
+        found = exported.weights()
+        strange = sorted(name for name, is_found in found.items() if not is_found)
+        report["weights"] = {"compared": len(found), "different": strange[:_SHOWN]}
+        if strange:
+            failures.append(f"{len(strange)} of {len(found)} saved weights are not the model's, {strange[0]!r} first")
     if exported.encode is not None:
         pairs = [(row.image_values, row.own_image_values) for row in rows]
         report["features" if not request.with_projector else "image_embeds"] = found = _differences(pairs)
@@ -102,7 +112,10 @@ def compare(
         same = sum(int((ours.argmax(-1) == theirs.argmax(-1)).sum()) for ours, theirs in pairs)
         found["same_likeliest_token"] = same / found["positions"]
         failures += _above("logits", found, tolerance.logits, tolerance.logits_cosine)
-    report["texts"] = found = _texts(rows, tolerance)
+    if exported.cache_dtype is not None:
+        report["logits_same_cache"] = found = _differences([row.logits_same_cache for row in rows])
+        failures += _above("logits beside the same cache", found, tolerance.same_cache, None)
+    report["texts"] = found = _texts(rows)
     if tolerance.texts is not None and found["equal_or_tied"] < tolerance.texts * len(rows):
         failures.append(f"{found['equal_or_tied']} of {len(rows)} answers are equal, expected {tolerance.texts:.0%}")
     return report | {"failures": failures}
@@ -189,12 +202,23 @@ class _Row:
     def logits(self) -> tuple[Tensor, Tensor]:
         """Eager's logits and the export's along eager's answer, each `(T, V)`."""
         assert self.exported.begin is not None
+        return self._along(self._eager()), self._along(self.exported.begin())
+
+    @cached_property
+    def logits_same_cache(self) -> tuple[Tensor, Tensor]:
+        """The same, of an eager whose keys and values are rounded as the export's."""
+        assert self.exported.cache_dtype is not None
+        language = self.predictor.model.language
+        cache = _RoundedCache(language.config, num_rows=1, capacity=len(self.prompt) + self.num_tokens)
+        cache.dtype = self.exported.cache_dtype
+        eager = self._along(lambda embeds: prefill(self.predictor.model, embeds, [embeds.shape[1]], cache))
+        return eager, self.logits[1]
+
+    def _along(self, step: Step) -> Tensor:
         model = self.predictor.model
         embeds = model.embed(torch.tensor([self.prompt]), self.image_embeds)
-        return tuple(  # type: ignore[return-value]
-            torch.cat([step(embeds), *(step(model.language.embed(torch.tensor([[id_]]))) for id_ in self.answer[:-1])])
-            for step in (self._eager(), self.exported.begin())
-        )
+        rows = [step(embeds), *(step(model.language.embed(torch.tensor([[id_]]))) for id_ in self.answer[:-1])]
+        return torch.cat(rows)
 
     def gap(self) -> float | None:
         """Where the answers part, how far apart eager holds the two tokens, as a share of the largest logit."""
@@ -205,6 +229,19 @@ class _Row:
         ids = [*self.prompt, *self.answer[:same]]
         logits = step(model.embed(torch.tensor([ids]), self.image_embeds))[0]
         return float((logits[self.answer[same]] - logits[self.own_answer[same]]).abs() / logits.abs().max())
+
+
+class _RoundedCache(KVCache):
+    """Rounds what it keeps; the tokens that are read now are seen as they are."""
+
+    dtype: torch.dtype
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        seen = super().update(layer, keys, values)
+        now = tuple(each.clone() for each in seen)
+        for each in seen:
+            each[:, :, -keys.shape[2] :] = each[:, :, -keys.shape[2] :].to(self.dtype).to(each.dtype)
+        return now  # type: ignore[return-value]
 
 
 def capacity(source: Source, request: Request) -> int:
@@ -233,25 +270,27 @@ def greedy(
         logits = step(embed(token_ids[-1:]))
 
 
-def _texts(rows: Sequence[_Row], tolerance: Tolerance) -> dict[str, Any]:
-    equal, tied, different = 0, 0, []
+def _texts(rows: Sequence[_Row]) -> dict[str, Any]:
+    equal, same_tokens, tied, different = 0, 0, 0, []
     for index, row in enumerate(rows):
+        eager, own = (row.tokenizer.detokenize(answer) for answer in (row.answer, row.own_answer))
         gap = row.gap()
-        if gap is None:
+        same_tokens += gap is None
+        if eager == own:
             equal += 1
-        elif gap <= (tolerance.logits or 0):
+        elif gap is not None and gap <= TIE:
             tied += 1
         else:
             different.append(
-                {
-                    "picture": index,
-                    "question": row.picture.question,
-                    "eager": row.tokenizer.detokenize(row.answer),
-                    "export": row.tokenizer.detokenize(row.own_answer),
-                    "gap": gap,
-                }
+                {"picture": index, "question": row.picture.question, "eager": eager, "export": own, "gap": gap}
             )
-    return {"equal": equal, "equal_or_tied": equal + tied, "different": different[:_SHOWN]}
+    return {
+        "equal": equal,
+        "same_tokens": same_tokens,
+        "equal_or_tied": equal + tied,
+        "tie": TIE,
+        "different": different[:_SHOWN],
+    }
 
 
 def _differences(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:

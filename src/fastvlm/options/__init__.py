@@ -12,16 +12,15 @@ from fastvlm.options.answer import (
 from fastvlm.options.checkpoint import (
     ConvertOptions,
     DoctorOptions,
-    ExportOptions,
     ModelsInitOptions,
     ModelsListOptions,
     ModelsPullOptions,
     ModelsShowOptions,
-    Precision,
     PushOptions,
     QuantizeOptions,
 )
 from fastvlm.options.data import DataAssetsOptions, DataCheckOptions, DataSynthOptions
+from fastvlm.options.export import EXPORT_FORMATS, ExportFormat, ExportOptions, Precision
 from fastvlm.options.measure import (
     ROUTES,
     BenchLatencyOptions,
@@ -37,6 +36,7 @@ from fastvlm.options.train import CAPTION_PROMPT, FRESH, Learning, PretrainOptio
 
 __all__ = [
     "CAPTION_PROMPT",
+    "EXPORT_FORMATS",
     "FRESH",
     "ROUTES",
     "BenchLatencyOptions",
@@ -54,6 +54,7 @@ __all__ = [
     "DoctorOptions",
     "Engine",
     "EvalOptions",
+    "ExportFormat",
     "ExportOptions",
     "GenerationOptions",
     "ImageOptions",

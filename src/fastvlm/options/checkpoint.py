@@ -117,62 +117,6 @@ class QuantizeOptions:
             raise InputError(f"pictures must be between 1 and 100000, got {self.pictures}")
 
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "q4", "q4f16"]
-"""Formats of an export's weights; q4 has 4-bit matrices, q4f16 computes the rest in float16."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions:
-    """Write a model for other programs, and prove that it computes the same there.
-
-    The folder gets manifest.json (sizes, tokens, versions, digests) and parity.json (what was compared with what).
-    """
-
-    format: Annotated[
-        Positional[Literal["onnx", "openvino", "gguf-lm", "coreml", "mlx", "ios-bundle"]],
-        arg(metavar="onnx|openvino|gguf-lm|coreml|mlx|ios-bundle"),
-    ]
-    """Who is to read it."""
-    out: str
-    """The folder to write."""
-    model: Annotated[str, arg(aliases=("--model-path",))] = "nano"
-    """Short name, or a checkpoint folder in any layout we read; it is left as it is."""
-    vision: str | None = None
-    """A second folder or file with the vision encoder, for Apple's iOS bundles."""
-    precision: tuple[Precision, ...] = ()
-    """Format of the weights; give it again for more of them, where the format holds several. By default the first
-    that docs/export.md names: fp32 of onnx, openvino and gguf-lm, fp16 of coreml and ios-bundle, bf16 of mlx."""
-    image_size: int | None = None
-    """Side in pixels of the square that the encoder sees; by default what the model says."""
-    batch: Literal["1", "dynamic"] | None = None
-    """Whether the encoder takes one picture or several at once; by default one in coreml, whose Neural Engine wants
-    fixed shapes, and any number elsewhere."""
-    with_projector: bool = False
-    """Put the projector behind the encoder of coreml, which otherwise ends in features; onnx and openvino have it there
-    always."""
-    pictures: int | None = None
-    """How many pictures are compared; by default 20, and 2 for models of more than 100 million weights."""
-    keep: bool = False
-    """Keep what was written even if it does not compute the same, to look at it."""
-    overwrite: bool = False
-    """Replace an export that is there; a folder that holds anything else is left alone."""
-    quiet: bool = False
-    """No progress lines."""
-
-    def __post_init__(self) -> None:
-        """Check each value.
-
-        Raises:
-            InputError: A value is out of its range.
-        """
-        if self.image_size is not None and not 1 <= self.image_size <= 16_384:
-            raise InputError(f"image_size must be between 1 and 16384, got {self.image_size}")
-        if self.pictures is not None and not 1 <= self.pictures <= 10_000:
-            raise InputError(f"pictures must be between 1 and 10000, got {self.pictures}")
-        if len(set(self.precision)) != len(self.precision):
-            raise InputError(f"precision names {self.precision[0]!r} twice; give each once")
-
-
 @dataclass(frozen=True, kw_only=True)
 class PushOptions:
     """Send a checkpoint folder to the Hugging Face hub; without --upload, only show what would be sent.

@@ -1,0 +1,38 @@
+"""What the comparison says of answers; the rest of it is tested with each format."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from fastvlm.checkpoint.load import load
+from fastvlm.export.verify import TIE, _texts
+
+
+@pytest.fixture(scope="module")
+def tokenizer(goldens):
+    return load(goldens / "apple_tiny").tokenizer
+
+
+def row(tokenizer, eager, own, gap):
+    picture = SimpleNamespace(question="?")
+    return SimpleNamespace(answer=eager, own_answer=own, gap=lambda: gap, tokenizer=tokenizer, picture=picture)
+
+
+def test_an_answer_spelled_in_other_tokens_is_equal_and_counted(tokenizer):
+    merged = tokenizer.encode_text("hello hello")
+    single = [id_ for letter in "hello hello" for id_ in tokenizer.encode_text(letter)]
+    assert merged != single
+
+    found = _texts([row(tokenizer, merged, single, 0.5), row(tokenizer, merged, merged, None)])
+
+    assert (found["equal"], found["same_tokens"], found["equal_or_tied"]) == (2, 1, 2)
+    assert found["different"] == []
+
+
+@pytest.mark.parametrize(("gap", "tied"), [(TIE / 2, 1), (TIE * 2, 0)])
+def test_an_answer_is_at_a_tie_where_eager_holds_two_tokens_closer_than_a_thousandth(tokenizer, gap, tied):
+    found = _texts([row(tokenizer, tokenizer.encode_text("a"), tokenizer.encode_text("b"), gap)])
+
+    assert (found["equal"], found["same_tokens"], found["equal_or_tied"]) == (0, 0, tied)
+    assert len(found["different"]) == 1 - tied
+    assert found["tie"] == 1e-3
