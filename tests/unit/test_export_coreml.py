@@ -178,6 +178,16 @@ def test_it_is_noticed_in_fewer_bits_too(encoder, tmp_path, precision):
     assert [each for each, is_found in find_weights(path, encoder).items() if not is_found] == [f"e.mlpackage: {name}"]
 
 
+def test_channels_of_small_numbers_are_found_though_their_scale_is_rounded(tmp_path):
+    layer, path = nn.Conv2d(64, 64, 1).eval(), tmp_path / "c.mlpackage"
+    with torch.no_grad():
+        layer.weight[::2].mul_(1e-3)  # steps of 1e-6, which float16 holds to a twentieth
+
+    package(layer, torch.rand(1, 64, 4, 4), path, precision="int8")
+
+    assert all(find_weights(path, layer).values())
+
+
 class Twice(nn.Module):
     """Two layers with the same numbers, of which coremltools keeps one."""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastvlm.export.coreml_interpreter import Constant, Program
 
 _STEPS: Final = 1.5  # of a rounded number: half of one for rounding, one where its range was moved to hold zero
+_LEAST: Final = 256 * 2.0**-25  # 256 steps, each rounded to float16, whose small numbers are 2^-24 apart
 _ENDINGS: Final = ("", "_to_fp16", "_quantized", "_to_fp16_quantized")
 
 
@@ -39,4 +40,4 @@ def _is(constant: Constant, weight: Tensor) -> bool:
         return torch.equal(constant.values, weight.to(constant.values.dtype))
     if constant.values.shape != weight.shape:
         return False
-    return bool(((constant.values.float() - weight).abs() <= _STEPS * constant.step.float()).all())
+    return bool(((constant.values.float() - weight).abs() <= _STEPS * constant.step.float() + _LEAST).all())
