@@ -19,6 +19,7 @@ from fastvlm.model import fold, gpu_graphs
 from fastvlm.model.gpu_language import GraphedQwen2, length_of_graph
 from fastvlm.options import GenerationOptions, ImageOptions, TrainOptions
 from fastvlm.prompt import Message, tokenize, user
+from fastvlm.train import muon
 from fastvlm.train.run import run as train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
@@ -177,6 +178,27 @@ def test_rows_of_a_batch_answer_as_alone(is_compiled):
     ]
 
     assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+
+
+def test_muons_graph_steps_as_its_kernels_do_one_by_one():
+    torch.manual_seed(0)
+    shapes = [(64, 32), (32, 64, 1, 1), (32, 32), (48, 96)]
+    graphed = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes]
+    plain = [parameter.detach().clone() for parameter in graphed]
+    means = [torch.zeros_like(parameter) for parameter in plain]
+    group = {"params": graphed, "lr": 0.1, "weight_decay": 0.05, "momentum": 0.9}
+    optimizer = muon.Muon([group], lr=0.1)
+
+    for rate in (0.1, 0.05, 0.0, 0.2):
+        gradients = [torch.randn_like(parameter) for parameter in plain]
+        for parameter, gradient in zip(graphed, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        muon._update(plain, means, gradients, 0.9, rate, 1 - rate * 0.05)
+
+        for parameter, wanted in zip(graphed, plain, strict=True):
+            torch.testing.assert_close(parameter.detach(), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -219,7 +219,7 @@ class _Run:
         )
         torch.manual_seed(options.seed + group.rank)
         facts = self._resumed(objective, optimizer) if options.resume else {}
-        _fast_arithmetic(self.placement)
+        _fast_arithmetic(self.placement, options.workers)
         trainer = Trainer(
             objective,
             optimizer,
@@ -565,8 +565,10 @@ def _add_feature_cache(
     )
 
 
-def _fast_arithmetic(placement: Placement) -> None:
+def _fast_arithmetic(placement: Placement, num_workers: int) -> None:
     if placement.is_cuda:
+        if num_workers:  # this process only sends work to the GPU: threads of its own would wait for the workers' cores
+            torch.set_num_threads(1)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
