@@ -214,7 +214,7 @@ def _downloads(exports: dict[tuple[str, str, str], tuple[Results, Results]]) -> 
             size = sum(files.get(f"onnx/{file}{ending}.onnx{more}", 0.0) for more in ("", "_data"))
             row += [f"{size:,.1f}", f"{theirs[each]:,}"]
             if file == "vision_encoder" and each not in ("fp32", "fp16"):
-                rounded.append(f"{size:.3f} ({each})")
+                rounded.append(f"{round(size, 3)} ({each})")
             total[each] = (total[each][0] + size, total[each][1] + theirs[each])
         rows.append(row)
     rows.append(
@@ -268,6 +268,7 @@ def _times(exports: dict[tuple[str, str, str], tuple[Results, Results]], formats
                     f"`{name}`",
                     precision,
                     f"{_megabytes(results, precision):,.0f}",
+                    results["machine"].partition(",")[0].replace("(R)", ""),
                     results.get("threads", "-"),
                     *(results.get(each, "-") for each in ("write_s", "wall_s", "cpu_s", "peak_gb", "peak_own_gb")),
                     f"{busy['before']}, {busy['after']}",
@@ -280,6 +281,7 @@ def _times(exports: dict[tuple[str, str, str], tuple[Results, Results]], formats
         "format",
         "precision",
         "MB",
+        "processor",
         "threads",
         "written, s",
         "and compared, s",
