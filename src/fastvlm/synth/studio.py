@@ -21,7 +21,7 @@ SHARES = {
     "colour": 0.04,
 }  # fmt: skip
 """How often each task is drawn, for nano and wherever none is asked for: what is learned last has most."""
-COUNTS = {0: 5, 1: 5, 2: 6, 3: 8, 4: 10, 5: 12, 6: 12, 7: 12, 8: 12, 9: 12, 10: 8}
+COUNTS = {0: 6, 1: 6, 2: 7, 3: 8, 4: 10, 5: 11, 6: 12, 7: 12, 8: 12, 9: 12, 10: 12}
 """How often each number is drawn for training; of held-out pictures all are alike."""
 CROWDED = {"train": 0.75, "heldout": 0.55}
 """How often what is counted has other things beside it."""
