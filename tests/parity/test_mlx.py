@@ -13,11 +13,12 @@ import fastvlm
 from fastvlm import checkpoint
 from fastvlm.config import Config, LanguageConfig, ProjectorConfig, VisionConfig
 from fastvlm.export.run import run
-from fastvlm.export.verify import draw_pictures
+from fastvlm.export.verify import draw_pictures, eager_step
+from fastvlm.image import to_pixels
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.initialise import initial_values
 from fastvlm.options import ExportOptions, GenerationOptions
-from fastvlm.prompt import render, user
+from fastvlm.prompt import render, tokenize, user
 
 PYTHON = os.environ.get("FASTVLM_MLX_PYTHON")
 pytestmark = [
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON, reason="FASTVLM_MLX_PYTHON names no interpreter with mlx-vlm"),
 ]
 TOKENS = 16
+CLEAR = 2**-6  # of the largest logit: what bfloat16, MLX's arithmetic of a folder in bf16, rounds away is less
 
 
 def ask_mlx(folder, pictures, tmp_path, **geometry):
@@ -48,6 +50,23 @@ def our_answers(folder, pictures):
     predictor = fastvlm.load(folder, device="cpu", dtype="float32")
     options = GenerationOptions(max_new_tokens=TOKENS)
     return [predictor.ask(each.question, [each.image], options=options).text for each in pictures]
+
+
+@torch.inference_mode()
+def least_margin(folder, picture):
+    """How far ahead of the next our tokens are at the least, as a share of the largest logit."""
+    predictor = fastvlm.load(folder, device="cpu", dtype="float32")
+    vision, model = predictor.config.vision, predictor.model
+    pixels = to_pixels(picture.image, size=vision.image_size, fit=vision.fit)
+    prompt = tokenize([user(picture.question, 1)], predictor.tokenizer, vision.num_image_tokens)
+    embeds = model.embed(torch.tensor([prompt.token_ids]), model.encode(predictor.to_device(pixels)))
+    step, margins = eager_step(predictor, embeds.shape[1] + TOKENS), []
+    for _ in range(TOKENS):
+        logits = step(embeds)
+        best = logits[0].topk(2)
+        margins.append(float(best.values[0] - best.values[1]) / float(logits.abs().max()))
+        embeds = model.language.embed(best.indices[:1][None])
+    return min(margins)
 
 
 def test_mlx_vlm_answers_as_nano_does_once_it_knows_the_geometry(tmp_path):
@@ -99,8 +118,11 @@ def test_mlx_vlm_runs_the_standard_encoder_as_it_comes(precision, tmp_path):
     else:
         options = ExportOptions(format="mlx", model=str(source), out=str(tmp_path / "mlx"), precision=(precision,))
         folder = run(replace(options, pictures=1, keep=True))
-    pictures = draw_pictures(1)
+    pictures = [next(each for each in draw_pictures(20) if least_margin(source, each) > CLEAR)]
 
     theirs = ask_mlx(folder, pictures, tmp_path)
 
-    assert theirs == our_answers(source, pictures)
+    # A character that is not finished at the end is left away by mlx-vlm.
+    assert [text.rstrip("\ufffd") for text in theirs] == [
+        text.rstrip("\ufffd") for text in our_answers(source, pictures)
+    ]
