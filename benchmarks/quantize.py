@@ -1,10 +1,11 @@
 """Time the language model in floats and in fewer bits, in turns: a prompt of 291 positions, then single tokens.
 
-    OMP_NUM_THREADS=1 python benchmarks/quantize.py bfloat16=05b int8=05b-int8 int4=05b-int4
+    OMP_NUM_THREADS=1 python benchmarks/quantize.py floats=05b int8=05b-int8 int4=05b-int4
 
-Each NAME=FOLDER is a checkpoint; the default route, without a compiler. What counts is the time that one thread spends
-on the processor, which other programs on the machine lengthen less than the time on the wall. Writes
-`results/quantize-speed.json`, with the median of seven rounds after one that is not counted.
+Each NAME=FOLDER is a checkpoint, asked without a compiler and with `--compile`, in the format that `auto` chooses on
+this processor. What counts is the time that one thread spends on the processor, which other programs on the machine
+lengthen less than the time on the wall. Writes `results/quantize-speed-MACHINE.json`, with the median of seven rounds
+after one that is not counted.
 """
 
 import json
@@ -15,24 +16,29 @@ from pathlib import Path
 
 import torch
 
-from fastvlm.benchmark.record import facts
+from fastvlm.benchmark.record import facts, keep, load_average
 from fastvlm.device import place
 from fastvlm.generate import decode_step, make_cache, prefill
 from fastvlm.predict import load
 
-RESULT = Path(__file__).parent / "results" / "quantize-speed.json"
+RESULTS = Path(__file__).parent / "results"
 POSITIONS, TOKENS, ROUNDS = 291, 8, 7
 
 
 def main() -> None:
     """Measure; print and keep."""
     torch.set_num_threads(1)  # the time of one thread is what is read
+    before, placement = load_average(), place("cpu")
     folders = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    models = {name: load(folder, device="cpu", dtype="bfloat16").model for name, folder in folders.items()}
+    models = {
+        f"{name} {'compile' if is_compiled else 'default'}": load(folder, device="cpu", compile=is_compiled).model
+        for is_compiled in (False, True)
+        for name, folder in folders.items()
+    }
     seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "token": []} for name in models}
     first = next(iter(models.values()))
     generator = torch.Generator().manual_seed(0)
-    embeds = torch.randn(1, POSITIONS, first.config.language.dim, generator=generator).bfloat16()
+    embeds = torch.randn(1, POSITIONS, first.config.language.dim, generator=generator).to(placement.dtype)
     for _ in range(ROUNDS + 1):
         for name, model in models.items():
             cache = make_cache(model, 1, POSITIONS + TOKENS)
@@ -48,8 +54,9 @@ def main() -> None:
         for name, parts in seconds.items()
     }
     command = ["benchmarks/quantize.py", *(f"{name}={Path(folder).name}" for name, folder in folders.items())]
-    record = facts(command, place("cpu").device) | {"positions": POSITIONS, "medians": medians}
-    RESULT.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    record = facts(command, placement.device) | {"threads": 1, "dtype": placement.dtype_name}
+    record |= {"load_average": {"before": before, "after": load_average()}, "positions": POSITIONS, "medians": medians}
+    keep(record, str(RESULTS), "quantize-speed")
     print(json.dumps(medians, indent=2))
 
 

@@ -57,7 +57,7 @@ def accelerate(
     elif is_compiled and can_compile(model.language):
         model.add_module("language", NativeQwen2(model.language, library(), torch.get_num_threads()))
     elif placement.device.type == "cpu":
-        quantized_cpu.prepare(model)
+        quantized_cpu.prepare(model, forget)
         if packed.can_pack(model.language):
             packed.pack(model.language, forget)
     return model

@@ -30,6 +30,7 @@ from fastvlm.model.quantize import (
     replace_layers,
     unpack,
 )
+from fastvlm.model.quantized_bags import BagEmbedding, BagLinear, can_bag
 from fastvlm.options import QuantizeOptions
 from fastvlm.quantize.gptq import compensated
 from fastvlm.quantize.run import quantize
@@ -185,7 +186,7 @@ def inside(layer):
 @pytest.mark.parametrize("num_tokens", [1, 3, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
-@pytest.mark.parametrize("num_outputs", [64, 96, 130])
+@pytest.mark.parametrize("num_outputs", [64, 96, 130, 300])
 @torch.inference_mode()
 def test_a_quantised_layer_computes_what_its_floats_compute(packing, dtype, num_tokens, num_outputs):
     layer = layer_of(packing, num_outputs=num_outputs, dtype=dtype)
@@ -196,7 +197,7 @@ def test_a_quantised_layer_computes_what_its_floats_compute(packing, dtype, num_
     model = inside(layer)
     quantized_cpu.prepare(model)
 
-    is_taken = packing == Packing(8, ROW) or quantized_cpu.kernel_block() is not None
+    is_taken = can_bag(layer) or packing == Packing(8, ROW) or quantized_cpu.kernel_block() is not None
     assert isinstance(model[0], QuantizedLinear) != is_taken
     for product in (plain, model(x)):
         assert product.dtype == dtype
@@ -206,14 +207,27 @@ def test_a_quantised_layer_computes_what_its_floats_compute(packing, dtype, num_
 
 @torch.inference_mode()
 def test_what_no_kernel_takes_is_left_alone():
-    layer = layer_of(Packing(4, ROW), num_inputs=40)
-    x = torch.randn(1, 40)
+    layer = layer_of(Packing(4, ROW), num_inputs=40, dtype=torch.bfloat16)
+    x = torch.randn(1, 40).bfloat16()
     expected = layer(x)
     model = inside(layer)
 
     quantized_cpu.prepare(model)
 
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="embedding bags are slow here")
+@pytest.mark.parametrize("packing", PACKINGS, ids=str)
+def test_float32_is_left_to_embedding_bags_and_the_copied_numbers_are_given_back(packing):
+    layer, table = layer_of(packing), QuantizedEmbedding(70, 128, packing)
+    put(table, quantise(torch.randn(70, 128), packing, torch.float32))
+    model, forgotten = torch.nn.Sequential(table, layer), []
+
+    quantized_cpu.prepare(model, forgotten.append)
+
+    assert [type(each) for each in model] == [BagEmbedding, BagLinear]
+    assert [each.data_ptr() for each in forgotten] == [table.weight.data_ptr(), layer.weight.data_ptr()]
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)

@@ -3,10 +3,12 @@
 Few tokens go to kernels that read the packed numbers (`_weight_int8pack_mm`, `_weight_int4pack_mm_for_cpu`). Many
 tokens share the cost of making floats, a tile of the matrix at a time that stays in the processor's cache, in the
 format of the activations: the numbers themselves are exact in bfloat16, and only their product with a scale is rounded.
+In float32 those kernels are slow, and `quantized_bags` takes their place.
 
 Letters: `N` outputs, `K` inputs, `g` groups of a row, `M` rows of activations (all tokens), `D` width, `V` vocabulary.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Final
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastvlm.model.packed import forget_nothing
 from fastvlm.model.quantize import (
     GROUP_SIZES,
     ROW,
@@ -23,6 +26,7 @@ from fastvlm.model.quantize import (
     quantized_layers,
     unpack,
 )
+from fastvlm.model.quantized_bags import BagEmbedding, BagLinear, can_bag
 
 _TILE_BYTES: Final = 2**21  # of floats at once: about what the caches of two cores hold
 _FEW_ROWS: Final = {8: 12, 4: 48}  # up to so many the kernels on packed numbers are faster
@@ -30,13 +34,15 @@ _PADDED: Final = 64  # outputs of the 4-bit kernel are a multiple of it
 _SIGN: Final = -128  # flips uint8 around 128 to int8 around 0
 
 
-def prepare(model: nn.Module) -> None:
+def prepare(model: nn.Module, forget: Callable[[Tensor], None] = forget_nothing) -> None:
     """Rearrange the quantised layers of a model on the CPU in place; they can no longer be saved.
 
-    What no kernel takes stays as it is: correct, and slow.
+    What no kernel takes stays as it is: correct, and slow. `forget` is called with numbers that were copied.
     """
     for name, layer in quantized_layers(model).items():
         new = _prepared(layer)
+        if isinstance(new, BagLinear | BagEmbedding):
+            forget(layer.weight)
         if new is not None:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, new)
@@ -44,8 +50,10 @@ def prepare(model: nn.Module) -> None:
 
 def _prepared(layer: QuantizedLinear | QuantizedEmbedding) -> nn.Module | None:
     num_columns = layer.shape[1]
-    if isinstance(layer, Int8Embedding):
+    if isinstance(layer, Int8Embedding | BagEmbedding):
         return None
+    if can_bag(layer):
+        return BagEmbedding(layer) if isinstance(layer, QuantizedEmbedding) else BagLinear(layer)
     if layer.packing == Packing(8, ROW) and num_columns % 32 == 0:  # the kernel reads past other rows
         if isinstance(layer, QuantizedEmbedding):
             return Int8Embedding(layer)
