@@ -53,6 +53,22 @@ def test_a_program_that_fails_is_one_line(command, words):
         take_turns({"a": command}, rounds=1, environment={}, report=lambda *_: None)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["latency"], ["throughput"], ["peers"], ["roofline"], ["paper", "--rival-python", sys.executable], ["train"]],
+    ids=lambda command: command[0],
+)
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(command, tmp_path, capsys):
+    (tmp_path / "file").touch()
+
+    status = main(["bench", *command, "--output", str(tmp_path / "file" / "x.json")])
+
+    assert status == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "cannot be written" in said[0]
+
+
 def test_a_batch_has_a_picture_in_each_row_and_learns_the_end_of_it():
     options = BenchTrainOptions(**SMALL)
 

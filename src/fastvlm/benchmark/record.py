@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,6 +53,24 @@ def keep(results: Mapping[str, Any], output: str | None, stem: str) -> Path | No
         path = path / f"{stem}-{slug}.json"
     write_results(path, results)
     return path
+
+
+def check_output(output: str | None) -> None:
+    """Make the folder of the results, before time is spent on them.
+
+    Raises:
+        InputError: Nothing can be written there.
+    """
+    if output is None:
+        return
+    path = Path(output)
+    try:
+        folder = path.parent if path.suffix == ".json" and not path.is_dir() else path
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror or error}") from error
 
 
 def commit() -> str:

@@ -1,7 +1,6 @@
 """`fastvlm bench ...`: what is measured goes to standard output, progress to standard error."""
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from fastvlm.benchmark import latency as latencies
@@ -10,6 +9,7 @@ from fastvlm.benchmark import peers as rivals
 from fastvlm.benchmark import plot as plots
 from fastvlm.benchmark import roofline as rooflines
 from fastvlm.benchmark import throughput as throughputs
+from fastvlm.benchmark.record import check_output
 from fastvlm.benchmark.train import run as run_train
 from fastvlm.cli.output import Output
 from fastvlm.options import (
@@ -25,7 +25,7 @@ from fastvlm.options import (
 
 def latency(options: BenchLatencyOptions, output: Output) -> None:
     """Time the parts of an answer; print a line for each."""
-    results = latencies.run(options, command=_command(), report=_reporter(options, output))
+    results = latencies.run(options, **_told(options, output))
     found = results["results"]
     _settings(results, output)
     output.line(f"{'loading':<24} {found['load_ms']:>10.1f} ms, the first answer {found['warm_up_ms']:.0f} ms more")
@@ -42,20 +42,19 @@ def latency(options: BenchLatencyOptions, output: Output) -> None:
     for name, part in (("against_size", "vision_ms"), ("against_length", "prefill_ms")):
         if name in found:
             points = ", ".join(
-                f"{point.get('image_size', point.get('length'))}: {point[part]['median']:.0f}"
+                f"{point.get('image_size', point.get('length'))}: {point[part]['median']:.0f} ms"
                 for point in found[name]["points"]
             )
-            output.line(
-                f"{name.replace('_', ' '):<24} {points} ms; grows with the power {found[name].get('slope')}, its "
-                f"operations with {found[name].get('flops_slope')}"
-            )
+            slope, flops = (found[name].get(which) for which in ("slope", "flops_slope"))
+            grows = "" if slope is None else f"; grows with the power {slope}, its operations with {flops}"
+            output.line(f"{name.replace('_', ' '):<24} {points or 'nothing asked for fits this model'}{grows}")
     if "command" in found:
         output.line(f"{'fastvlm predict':<24} {1000 * found['command']['wall_s']['median']:>10.0f} ms in all")
 
 
 def throughput(options: BenchThroughputOptions, output: Output) -> None:
     """Count pictures and tokens a second; print a line for each number of them."""
-    results = throughputs.run(options, command=_command(), report=_reporter(options, output))
+    results = throughputs.run(options, **_told(options, output))
     _settings(results, output)
     for row in results["results"]["encoder"]:
         output.line(f"{row['batch_size']:>5} pictures  {row['pictures_per_second']['median']:>9.2f} pictures/s")
@@ -68,7 +67,7 @@ def throughput(options: BenchThroughputOptions, output: Output) -> None:
 
 def peers(options: BenchPeersOptions, output: Output) -> None:
     """Time us and others; print a line for each program, and the ratios."""
-    results = rivals.run(options, command=_command(), report=_reporter(options, output))
+    results = rivals.run(options, **_told(options, output))
     _settings(results, output)
     rows = dict(results["results"])
     if "llava_onevision" in results:
@@ -91,7 +90,7 @@ def peers(options: BenchPeersOptions, output: Output) -> None:
 
 def roofline(options: BenchRooflineOptions, output: Output) -> None:
     """Measure ceilings and parts; print a line for each."""
-    results = rooflines.run(options, command=_command(), report=_reporter(options, output))
+    results = rooflines.run(options, **_told(options, output))
     _settings(results, output)
     for count, found in results["results"]["ceilings"].items():
         words = ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
@@ -104,7 +103,7 @@ def roofline(options: BenchRooflineOptions, output: Output) -> None:
 
 def paper(options: BenchPaperOptions, output: Output) -> None:
     """Time the paper's encoders; print a line for each."""
-    results = papers.run(options, command=_command(), report=_reporter(options, output))
+    results = papers.run(options, **_told(options, output))
     _settings(results, output)
     for row in results["results"]:
         output.line(papers.line(row))
@@ -119,7 +118,7 @@ def plot(options: BenchPlotOptions, output: Output) -> None:
 def train(options: BenchTrainOptions, output: Output) -> None:
     """Time steps of training; print a line for each program and their ratio."""
     ours = [sys.executable, "-m", "fastvlm.train.timed"]
-    results = run_train(options, ours=ours, command=_command(), report=_reporter(options, output))
+    results = run_train(options, ours=ours, **_told(options, output))
     for name, row in results["results"].items():
         output.line(
             f"{name:<13} {row['seconds_a_step']:8.3f} s a step  {row['samples_per_second']:8.2f} samples/s  "
@@ -134,16 +133,15 @@ def train(options: BenchTrainOptions, output: Output) -> None:
         output.note(f"fastvlm: written to {options.output}")
 
 
-def _command() -> list[str]:
-    return ["fastvlm", *sys.argv[1:]]
+def _told(options: Any, output: Output) -> dict[str, Any]:
+    """What a measurement is told besides its options; where results cannot be written nothing is measured."""
+    check_output(options.output)
 
-
-def _reporter(options: Any, output: Output) -> Callable[[str], None]:
     def report(line: str) -> None:
         if not options.quiet:
             output.note(line)
 
-    return report
+    return {"command": ["fastvlm", *sys.argv[1:]], "report": report}
 
 
 def _settings(results: dict[str, Any], output: Output) -> None:

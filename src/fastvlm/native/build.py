@@ -54,7 +54,8 @@ def library(folder: Path | None = None) -> ctypes.CDLL:
             _build(compiler, flags, path)
         return ctypes.CDLL(os.fspath(path))
     except OSError as error:
-        raise DeviceError(f"the compiled kernels {path} cannot be used: {error.strerror or error}") from error
+        said = f"the compiled kernels {path} cannot be used: {error.strerror or error}"
+        raise DeviceError(f"{said}; delete that file or leave --compile out") from error
 
 
 def find_compiler() -> str:
