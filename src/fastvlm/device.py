@@ -156,6 +156,8 @@ def peak_memory_bytes() -> int | None:
 
 def peak_bytes_on(device: torch.device) -> int:
     """The most memory so far: of this process on the CPU, else on the device; 0 where the system does not tell."""
+    if device.type == "mps":  # what the driver gave and hardly takes back; PyTorch 2.10 counts no peak there
+        return torch.mps.driver_allocated_memory()
     return (peak_memory_bytes() or 0) if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
 
 
