@@ -43,7 +43,7 @@ RIVALS: Final = Path(__file__).with_name("rivals")
 TOLERANCES: Final = {"float32": 2e-3, "bfloat16": 0.1, "float16": 0.1, "quantised": 0.6}
 """Largest relative error of the logits, by the format of arithmetic or weights."""
 CROPS: Final = 10
-BASE, LLAVA = "transformers bfloat16", "LLaVA-OneVision-0.5B"
+BASES, LLAVA = ("transformers bfloat16", "transformers float32"), "LLaVA-OneVision-0.5B"
 _PARTS: Final = ("vision", "prefill", "ttft_pixels", "decode")
 
 
@@ -165,8 +165,10 @@ def _programs(
         if python is None:
             missing[name] = f"no interpreter here has {module}"
         elif module == "openvino":
-            line = [python, str(RIVALS / "openvino_folder.py"), given, "--precision", "bf16", "--threads", str(threads)]
-            programs.append(_other("OpenVINO bfloat16", "bfloat16", line, threads))
+            dtype = "float32" if placement.dtype_name == "float32" else "bfloat16"  # as ours: elsewhere it is emulated
+            precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+            line = [python, str(RIVALS / "openvino_folder.py"), given, "--precision", precision]
+            programs.append(_other(f"OpenVINO {dtype}", dtype, [*line, "--threads", str(threads)], threads))
         else:
             suffix = onnx_suffix(Path(given))
             line = [python, str(RIVALS / "onnx_folder.py"), given, f"--suffix={suffix}", "--threads", str(threads)]
@@ -302,15 +304,15 @@ def _summarise_llava(runner: Runner, rows: Sequence[dict[str, Any]]) -> dict[str
 
 
 def ratios(rows: dict[str, dict[str, Any]], llava: dict[str, Any] | None, flops: int) -> dict[str, Any]:
-    """How many times as fast each of our routes is: as transformers in bfloat16, and as LLaVA-OneVision."""
+    """How many times as fast each of our routes is: as transformers, and as LLaVA-OneVision."""
     found: dict[str, Any] = {}
     for name, row in rows.items():
         if not name.startswith("fastvlm "):
             continue
         own: dict[str, Any] = {}
-        if BASE in rows:
-            own[BASE] = {
-                part: round(rows[BASE][f"{part}_ms"]["median"] / row[f"{part}_ms"]["median"], 2) for part in _PARTS
+        for base in (base for base in BASES if base in rows):
+            own[base] = {
+                part: round(rows[base][f"{part}_ms"]["median"] / row[f"{part}_ms"]["median"], 2) for part in _PARTS
             }
         if llava is not None:
             their_flops = 1e9 * sum(llava["gflop"].values())
