@@ -15,6 +15,7 @@ from fastvlm.benchmark.ours import Subject, open_predictor
 from fastvlm.benchmark.turns import Runner, interleave
 from fastvlm.cli import main
 from fastvlm.config import PRESETS
+from fastvlm.device import place
 from fastvlm.errors import InputError
 from fastvlm.generate import generate
 from fastvlm.options import (
@@ -178,6 +179,11 @@ def test_ratios_are_theirs_over_ours():
             "LLaVA-OneVision-0.5B": {"ttft_pixels": 20.0, "flops": 20.0},
         }
     }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_openvino_and_llava_compute_in_our_format(dtype):
+    assert peers.rival_dtype(place("cpu", dtype)) == dtype
 
 
 @pytest.mark.parametrize(

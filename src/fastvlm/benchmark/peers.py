@@ -114,7 +114,7 @@ def run(options: BenchPeersOptions, *, command: Sequence[str], report: Callable[
         }
         whole = costs.whole(load_checkpoint(folder).model.config, image_size=side, text_tokens=len(BEFORE + AFTER))
         flops = whole["vision"].flops + whole["prefill"].flops
-        found_llava = None if llava is None else _summarise_llava(llava, crops)
+        found_llava = None if llava is None else _summarise_llava(llava, crops, rival_dtype(placement))
     results: dict[str, Any] = {
         **facts(_without_paths(command, options), placement.device),
         "threads": threads,
@@ -165,10 +165,10 @@ def _programs(
         if python is None:
             missing[name] = f"no interpreter here has {module}"
         elif module == "openvino":
-            dtype = "float32" if placement.dtype_name == "float32" else "bfloat16"  # as ours: elsewhere it is emulated
-            precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+            theirs = rival_dtype(placement)
+            precision = {"float32": "f32", "bfloat16": "bf16"}[theirs]
             line = [python, str(RIVALS / "openvino_folder.py"), given, "--precision", precision]
-            programs.append(_other(f"OpenVINO {dtype}", dtype, [*line, "--threads", str(threads)], threads))
+            programs.append(_other(f"OpenVINO {theirs}", theirs, [*line, "--threads", str(threads)], threads))
         else:
             suffix = onnx_suffix(Path(given))
             line = [python, str(RIVALS / "onnx_folder.py"), given, f"--suffix={suffix}", "--threads", str(threads)]
@@ -274,8 +274,9 @@ def _summary(runner: Runner, rows: Sequence[dict[str, Any]], agreement: dict[str
 def _llava(options: BenchPeersOptions, placement: Placement, threads: int, stack: ExitStack) -> Runner | None:
     if options.rival_python is None or not options.llava_rounds:
         return None
-    line = [options.rival_python, str(RIVALS / "llava_onevision.py"), "--crops", str(CROPS), "--dtype", "bfloat16"]
-    return stack.enter_context(Runner(LLAVA, [*line, "--device", str(placement.device)], environment(threads)))
+    line = [options.rival_python, str(RIVALS / "llava_onevision.py"), "--crops", str(CROPS)]
+    line += ["--dtype", rival_dtype(placement), "--device", str(placement.device)]
+    return stack.enter_context(Runner(LLAVA, line, environment(threads)))
 
 
 def _ask_llava(runner: Runner, *, is_cpu: bool, crops: int = CROPS) -> dict[str, Any]:
@@ -286,7 +287,12 @@ def _ask_llava(runner: Runner, *, is_cpu: bool, crops: int = CROPS) -> dict[str,
     return row
 
 
-def _summarise_llava(runner: Runner, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def rival_dtype(placement: Placement) -> str:
+    """In what others compute: as we do, for bfloat16 that the processor does not multiply is emulated, times slower."""
+    return "float32" if placement.dtype_name == "float32" else "bfloat16"
+
+
+def _summarise_llava(runner: Runner, rows: Sequence[dict[str, Any]], dtype: str) -> dict[str, Any]:
     number = runner.hello["image_tokens"]
     language = PRESETS["0.5b"].language
     prefill = costs.language(language, number + len(BEFORE + AFTER)) + costs.head(language)
@@ -295,7 +301,7 @@ def _summarise_llava(runner: Runner, rows: Sequence[dict[str, Any]]) -> dict[str
         **found,
         "crops": CROPS,
         "image_tokens": number,
-        "dtype": "bfloat16",
+        "dtype": dtype,
         "weights": "random",
         "gflop": {"vision": runner.hello["vision_flops"] / 1e9, "prefill": prefill.flops / 1e9},
         "peak_mb": round(max(row["peak_bytes"] for row in rows) / 1e6),
