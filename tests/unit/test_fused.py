@@ -25,7 +25,7 @@ def folded():
     return fold.for_inference(load(resolve("nano"), dtype=torch.float32).model).vision
 
 
-@pytest.mark.parametrize("size", [(1, 3, 64, 64), (1, 3, 128, 192), (3, 3, 256, 256)], ids=str)
+@pytest.mark.parametrize("size", [(1, 3, 64, 64), (1, 3, 128, 192), (3, 3, 256, 256), (2, 3, 448, 320)], ids=str)
 def test_fused_features_are_those_of_the_folded_encoder(folded, size):
     pixels = torch.rand(size)
     encoder = copy.deepcopy(folded).to(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ every call.
 Letters: `P` images, `h, w` feature grid, `N = h * w`, `C` channels.
 """
 
+import math
 from typing import Final
 
 import torch
@@ -28,6 +29,8 @@ from fastvlm.model.vision import (
 )
 
 _DTYPES: Final = (torch.float32, torch.bfloat16)
+STRIP: Final = 4096
+"""Positions of a map that pass through a hidden layer together: its four times as many channels stay in the cache."""
 
 
 def can_fuse(vision: FastViTHD) -> bool:
@@ -102,7 +105,7 @@ class FusedConv(nn.Module):
 
 
 class FusedFFN(nn.Module):
-    """A ConvFFN and the skip around it."""
+    """A ConvFFN and the skip around it; of a large map, strip by strip."""
 
     def __init__(self, ffn: ConvFFN) -> None:
         super().__init__()
@@ -112,7 +115,17 @@ class FusedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(P, C, h, w)` to the same."""
-        return self.fc2.plus(self.fc1(self.conv(x)), x)
+        mixed = self.conv(x)
+        num_images, _, height, width = x.shape
+        if height * width <= STRIP:
+            return self.fc2.plus(self.fc1(mixed), x)
+        lines = math.ceil(height / math.ceil(height * width / STRIP))
+        out = torch.empty_like(mixed)
+        for image in range(num_images):
+            for top in range(0, height, lines):
+                strip = (slice(image, image + 1), slice(None), slice(top, top + lines))
+                out[strip] = self.fc2.plus(self.fc1(mixed[strip]), x[strip])
+        return out
 
 
 class FusedLinear(nn.Module):
