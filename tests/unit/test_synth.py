@@ -161,7 +161,7 @@ def test_fonts_without_small_letters_write_capitals() -> None:
 @pytest.mark.parametrize("number", range(11))
 def test_as_many_things_are_drawn_as_asked_for(painter, number) -> None:
     for seed in range(12):
-        scene, target = painter.counting_scene(Random(seed), number)
+        scene, target = painter.counting_scene(Random(seed), number, crowded=0.55)
 
         assert len(scene.visible) == len(scene.things)
         if target is None:
@@ -304,7 +304,7 @@ def test_things_to_count_are_drawn_at_3_to_25_percent_of_the_side(large_painter)
     """The stand-ins for emoji are almost round, so no rotation changes how large they are drawn."""
     shares = []
     for seed in range(250):
-        scene, _ = large_painter.counting_scene(Random(seed), 1 + seed % 10)
+        scene, _ = large_painter.counting_scene(Random(seed), 1 + seed % 10, crowded=0.55)
         if scene.background is None:
             continue
         side = (scene.image.width * scene.image.height) ** 0.5

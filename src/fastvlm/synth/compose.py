@@ -40,7 +40,7 @@ class Painter:
     def __init__(self, looks: Looks, side: int) -> None:
         self._looks, self._side = looks, side
 
-    def counting_scene(self, rng: Random, number: int, crowded: float = 0.55) -> tuple[Scene, Subject | None]:
+    def counting_scene(self, rng: Random, number: int, crowded: float) -> tuple[Scene, Subject | None]:
         """Draw `number` of one thing, alone or, as often as `crowded` says, among others.
 
         Returns:

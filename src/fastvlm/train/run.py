@@ -84,6 +84,7 @@ def run(
         check = folder.require_state if options.resume else folder.refuse_others
         group.first(check)
         with contextlib.ExitStack() as held:
+            held.callback(torch.set_num_threads, torch.get_num_threads())  # a run beside workers takes one
             one_run = _Run(options, placement, group, folder, report if group.is_first else _nothing)
             group.first(lambda: held.enter_context(folder.locked()) and None)
             group.first(check)  # again: another run may have come and gone while the data was opened
