@@ -128,7 +128,8 @@ def set_random_state(device: torch.device, states: Sequence[Tensor]) -> None:
 def matrix_flops_per_second(placement: Placement, seconds: float = 0.05) -> float:
     """Measure how fast the device multiplies two large matrices: what other speeds are compared with."""
     side = 8192 if placement.device.type == "cuda" else 1024
-    left = torch.ones(side, side, dtype=placement.dtype, device=placement.device)
+    # random numbers: of equal ones a GPU that is at its limit of power multiplies more a second
+    left = torch.randn(side, side, device=placement.device).to(placement.dtype)
     best, ends = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < ends:
         synchronize(placement.device)

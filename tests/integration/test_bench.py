@@ -43,6 +43,8 @@ def test_programs_take_turns_and_each_round_turns_the_order_around():
     ("command", "words"),
     [
         (program("import sys; sys.exit('no such model')"), "ended with status 1: no such model"),
+        (program("raise ValueError('7')"), "ended with status 1: ValueError: 7"),
+        (program("import sys; sys.exit('ValueError: 7\\n====')"), "ended with status 1: ValueError: 7"),
         (program("print('hello')"), "it printed no result"),
         (program("print('[1]')"), "it printed no result"),
         (["/no/such/python"], "cannot be run"),
@@ -86,13 +88,31 @@ def test_a_batch_has_a_picture_in_each_row_and_learns_the_end_of_it():
 @pytest.mark.parametrize("learn", ["full", "lora"])
 def test_a_timed_step_learns(learn, tmp_path):
     save_file(make_batch(BenchTrainOptions(**SMALL), TINY), tmp_path / "batch.safetensors")
-    how = Namespace(steps=3, device="cpu", dtype="float32", learn=learn, checkpoint_activations=learn == "full")
+    recomputes = learn == "full"
+    how = Namespace(
+        steps=3, device="cpu", dtype="float32", learn=learn, checkpoint_activations=recomputes, compile=False
+    )
 
     result = time_steps(TINY, tmp_path / "batch.safetensors", how)
 
     assert len(result["seconds"]) == 3
     assert len(result["losses"]) == 4
     assert result["losses"][-1] < result["losses"][0]
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_batch_take_the_same_step(tmp_path):
+    options = BenchTrainOptions(**SMALL, rounds=1, processes=2, threads=1)
+
+    results = run(options, ours=[sys.executable, "-m", "fastvlm.train.timed"], command=["x"], report=lambda _: None)
+
+    rows = results["results"]
+    assert list(rows) == ["fastvlm", "fastvlm ddp x2", "fastvlm fsdp x2"]
+    first = torch.tensor([row["first_loss"] for row in rows.values()])
+    torch.testing.assert_close(first, first[:1].expand(3), rtol=1e-5, atol=0)
+    alone, *shared = rows.values()
+    assert 0 < alone["mfu"] < 1.5
+    assert all(row["mfu"] == pytest.approx(alone["mfu"] * row["speedup"] / 2, rel=0.05) for row in shared)
 
 
 @pytest.mark.slow
@@ -127,6 +147,7 @@ def test_transformers_takes_the_same_step():
 
 def test_programs_that_do_not_compute_the_same_are_not_compared(tmp_path):
     result = {"seconds": [1], "processor_seconds": [1], "peak_bytes": 1, "versions": {}}
+    result |= {"flops": 1, "matrix_flops_per_second": 1}
     other = tmp_path / "other"
     other.write_text(f"#!{sys.executable} -S\nprint({json.dumps(json.dumps(result | {'losses': [7.5]}))})\n")
     other.chmod(0o755)
@@ -147,6 +168,8 @@ def test_programs_that_do_not_compute_the_same_are_not_compared(tmp_path):
         {"threads": 0},
         {"text_tokens": 8, "learned_tokens": 5},
         {"learn": "lora", "rival_python": "python"},
+        {"processes": 0},
+        {"batch_size": 2, "processes": 4},
     ],
 )
 def test_settings_out_of_range_are_refused(values):

@@ -44,10 +44,10 @@ def _product(device: torch.device, name: str, seconds: float) -> float | None:
     sides, best = _SIDES.get(device.type, _SIDES_ELSEWHERE), 0.0
     for side in sides:
         if name == "int8":
-            left = torch.ones(side, side, dtype=torch.int8, device=device)
+            left = torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device)
             right, multiply = left.t().contiguous().t(), torch._int_mm
         else:
-            left = torch.ones(side, side, dtype=getattr(torch, name), device=device)
+            left = torch.randn(side, side, device=device).to(getattr(torch, name))
             right, multiply = left, torch.mm
         try:
             shortest = _shortest(device, lambda m=multiply, a=left, b=right: m(a, b), seconds / len(sides))  # type: ignore[misc]

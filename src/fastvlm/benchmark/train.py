@@ -25,7 +25,7 @@ from fastvlm.prompt import IGNORE
 
 RIVAL: Final = Path(__file__).with_name("rival_train.py")
 _RANDOM: Final = ("0.5b", "1.5b", "7b")  # models whose random weights take as long as real ones
-_AGREE: Final = 2e-3  # relative difference of the first losses, in float32
+_AGREE: Final = {"float32": 2e-3, "bfloat16": 2e-2}  # largest relative difference of the first losses
 
 
 def run(
@@ -47,14 +47,19 @@ def run(
         folder = _folder(options, Path(scratch))
         batch = Path(scratch) / "batch.safetensors"
         save_file(make_batch(options, folder), batch)
-        programs = {"fastvlm": [*ours, *_arguments(options, device, folder, batch)]}
+        arguments = _arguments(options, device, folder, batch)
+        own = [*arguments, "--compile"] if options.compile else arguments
+        programs = {"fastvlm": [*ours, *own]}
+        for kind in _kinds(options):
+            launch = [ours[0], "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}"]
+            programs[f"fastvlm {kind} x{options.processes}"] = [*launch, *ours[1:], *own, "--parallel", kind]
         if options.rival_python is not None:
-            programs["transformers"] = [options.rival_python, str(RIVAL), *_arguments(options, device, folder, batch)]
+            programs["transformers"] = [options.rival_python, str(RIVAL), *arguments]
 
         def told(name: str, result: dict[str, Any]) -> None:
             times = ", ".join(f"{seconds:.2f}" for seconds in result["seconds"])
             report(
-                f"{name:<13} {times} s a step; peak {result['peak_bytes'] / 1e9:.2f} GB; loss {result['losses'][0]:.4f}"
+                f"{name:<15} {times} s a step; peak {result['peak_bytes'] / 1e9:.2f} GB; loss {result['losses'][0]:.4f}"
             )
 
         rounds = take_turns(
@@ -65,6 +70,7 @@ def run(
         )
     _compare(rounds, options)
     rows = {name: _summary(found, options) for name, found in rounds.items()}
+    _add_utilisation(rows, rounds, options)
     results = {
         **facts(["PYTHON" if word == options.rival_python else word for word in command], device),
         "load_average": {"before": before, "after": load_average()},
@@ -76,6 +82,8 @@ def run(
             "learned_tokens": options.learned_tokens,
             "learn": options.learn,
             "checkpoint_activations": options.checkpoint_activations,
+            "compile": options.compile,
+            "processes": options.processes,
             "device": str(device),
             "dtype": options.dtype,
             "threads": options.threads,
@@ -135,10 +143,32 @@ def _arguments(options: BenchTrainOptions, device: torch.device, folder: Path, b
 
 def _compare(rounds: dict[str, list[dict[str, Any]]], options: BenchTrainOptions) -> None:
     first = {name: found[0]["losses"][0] for name, found in rounds.items()}
-    if len(first) == 2 and options.dtype == "float32":
-        ours, theirs = first.values()
-        if abs(ours - theirs) > _AGREE * abs(theirs):
-            raise InputError(f"the first losses are {first}; the two programs do not compute the same")
+    ours = first["fastvlm"]
+    for theirs in first.values():
+        if not abs(ours - theirs) <= _AGREE[options.dtype] * abs(ours):
+            raise InputError(f"the first losses are {first}; the programs do not compute the same")
+
+
+def _kinds(options: BenchTrainOptions) -> list[str]:
+    """The ways in which several processes share the batch."""
+    if options.processes == 1:
+        return []
+    return ["ddp", "fsdp"] if options.learn == "full" else ["ddp"]
+
+
+def _add_utilisation(
+    rows: dict[str, dict[str, Any]], rounds: dict[str, list[dict[str, Any]]], options: BenchTrainOptions
+) -> None:
+    """Add which share of the devices' speed at large products each program uses (MFU), and how it scales."""
+    flops = rounds["fastvlm"][0]["flops"]
+    rate = max(found["matrix_flops_per_second"] for found in rounds["fastvlm"])
+    alone = rows["fastvlm"]["seconds_a_step"]
+    for name, row in rows.items():
+        number = 1 if name in ("fastvlm", "transformers") else options.processes
+        row["tflop_a_step"] = round(flops / 1e12, 3)
+        row["mfu"] = round(flops / (row["seconds_a_step"] * rate * number), 4)
+        if number > 1:
+            row["speedup"] = round(alone / row["seconds_a_step"], 3)
 
 
 def _summary(rounds: list[dict[str, Any]], options: BenchTrainOptions) -> dict[str, Any]:

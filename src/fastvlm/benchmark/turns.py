@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import tempfile
@@ -50,9 +51,15 @@ def _run(name: str, command: Sequence[str], environment: Mapping[str, str]) -> d
     except (IndexError, ValueError):
         result = None
     if done.returncode or not isinstance(result, dict):
-        said = (done.stderr.strip().splitlines() or ["it printed no result"])[-1]
-        raise InputError(f"{name}: ended with status {done.returncode}: {said[:300]}")
+        raise InputError(f"{name}: ended with status {done.returncode}: {_reason(done.stderr)[:300]}")
     return result
+
+
+def _reason(said: str) -> str:
+    """The line of an error's name and text, before what torchrun adds; else the last line."""
+    lines = said.strip().splitlines() or ["it printed no result"]
+    named = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt): ", line)]
+    return (named or lines)[-1]
 
 
 def median(rounds: Sequence[Mapping[str, Any]], key: str) -> float:

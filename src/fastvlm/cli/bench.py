@@ -121,8 +121,8 @@ def train(options: BenchTrainOptions, output: Output) -> None:
     results = run_train(options, ours=ours, **_told(options, output))
     for name, row in results["results"].items():
         output.line(
-            f"{name:<13} {row['seconds_a_step']:8.3f} s a step  {row['samples_per_second']:8.2f} samples/s  "
-            f"{row['peak_gb']:6.2f} GB"
+            f"{name:<15} {row['seconds_a_step']:8.3f} s a step  {row['samples_per_second']:8.2f} samples/s  "
+            f"{row['peak_gb']:6.2f} GB  {row['mfu']:6.1%} MFU"
         )
     if "ratio" in results:
         output.line(

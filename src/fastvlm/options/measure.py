@@ -89,6 +89,10 @@ class BenchTrainOptions:
     """All of the model; or the projector, and updates of rank 16 in the language model."""
     checkpoint_activations: bool = False
     """Compute activations again instead of keeping them."""
+    compile: bool = False
+    """Compile our step with torch.compile, in each round anew."""
+    processes: int = 1
+    """Besides one process, so many under torchrun that share the batch: by ddp and, where all learns, by fsdp."""
     steps: int = 3
     """Steps a round that are timed, behind one that is not."""
     rounds: int = 3
@@ -120,11 +124,14 @@ class BenchTrainOptions:
             "steps": (1, 10_000),
             "rounds": (1, 1000),
             "threads": (1, 4096),
+            "processes": (1, 4096),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise InputError(f"{name} must be a whole number between {low} and {high}, got {value!r}")
+        if self.batch_size % self.processes:
+            raise InputError(f"processes ({self.processes}) must share batch_size ({self.batch_size}) evenly")
         if 2 * self.learned_tokens > self.text_tokens:
             raise InputError(
                 f"learned_tokens ({self.learned_tokens}) must be at most half of text_tokens ({self.text_tokens})"

@@ -5,7 +5,7 @@ from torch import nn
 from fastvlm.model.fastvlm import FastVLM
 
 
-def count_flops(model: FastVLM, *, num_pictures: int, num_rows: int, num_tokens: int, sees_pixels: bool) -> int:
+def count_flops(model: FastVLM, *, num_pictures: float, num_rows: int, num_tokens: int, sees_pixels: bool) -> int:
     """Count multiplications and additions, two for each weight and position, forward and backward.
 
     A weight that learns needs its forward pass twice more, for the gradients of itself and of its input; one that does
@@ -13,7 +13,7 @@ def count_flops(model: FastVLM, *, num_pictures: int, num_rows: int, num_tokens:
 
     Args:
         model: What learns, and what of it is frozen.
-        num_pictures: Pictures of the batch.
+        num_pictures: Pictures of the batch, of the size that the model says; a larger one counts for more.
         num_rows: Rows of the batch.
         num_tokens: Positions of a row.
         sees_pixels: Whether the vision encoder is used, or its features are given.
@@ -30,7 +30,7 @@ def count_flops(model: FastVLM, *, num_pictures: int, num_rows: int, num_tokens:
     total = vision * (3 if learn_vision else 1)
     total += projector * (1 + learn_projector + learn_vision)
     total += language * (1 + max(learn_vision, learn_projector, _any_learns(model.language)) + learn_language)
-    return 2 * total
+    return round(2 * total)
 
 
 def _vision(model: FastVLM) -> int:
