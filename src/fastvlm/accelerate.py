@@ -7,15 +7,36 @@ from torch import Tensor
 
 from fastvlm.device import Placement
 from fastvlm.errors import DeviceError
-from fastvlm.model import fold, fused, gpu_graphs, gpu_vision, packed, quantized_cpu
+from fastvlm.model import fold, fused, gpu_graphs, gpu_vision, halves, packed, quantized_cpu
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.gpu_language import GraphedQwen2
 from fastvlm.model.gpu_vision import GraphedVision
 from fastvlm.model.native import NativeQwen2, can_compile
-from fastvlm.model.openvino import OpenVinoVision
+from fastvlm.model.openvino import OpenVinoVision, find_openvino
 from fastvlm.model.packed import forget_nothing
 from fastvlm.native.build import library
 from fastvlm.options import Engine
+
+
+def check(placement: Placement, *, is_compiled: bool, engine: Engine) -> None:
+    """Find out whether what is asked for is here, before a model is loaded; kernels are built.
+
+    Raises:
+        DeviceError: It is not here, or not for this device.
+    """
+    if is_compiled and placement.device.type == "cpu":
+        library()
+    elif is_compiled and placement.is_cuda:
+        gpu_graphs.kernels()
+    elif is_compiled:
+        raise DeviceError(f"--compile is for the CPU and for NVIDIA GPUs, not for {placement.device}; leave it out")
+    if engine == "openvino":
+        find_openvino(placement.device, placement.dtype)
+
+
+def takes_halves(placement: Placement, *, is_compiled: bool) -> bool:
+    """Whether matrices of the language model may be bfloat16 though the model computes in float32."""
+    return is_compiled and placement.device.type == "cpu" and placement.dtype == torch.float32
 
 
 def accelerate(
@@ -38,9 +59,10 @@ def accelerate(
     Raises:
         DeviceError: What was asked for is not here, or not for this device.
     """
-    if is_compiled and placement.device.type != "cpu" and not placement.is_cuda:
-        raise DeviceError(f"--compile is for the CPU and for NVIDIA GPUs, not for {placement.device}; leave it out")
+    check(placement, is_compiled=is_compiled, engine=engine)
     kernels = gpu_graphs.kernels() if is_compiled and placement.is_cuda else None
+    if takes_halves(placement, is_compiled=is_compiled):
+        halves.halve(model.language, forget)
     fold.for_inference(model).to(placement.device, placement.dtype)
     if placement.dtype == torch.float16:  # the encoder's activations exceed 65,504 at 1024 pixels
         model.vision.float()

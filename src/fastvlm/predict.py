@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastvlm.accelerate import accelerate
+from fastvlm.accelerate import accelerate, check, takes_halves
 from fastvlm.checkpoint.load import load as load_checkpoint
 from fastvlm.checkpoint.zoo import resolve
 from fastvlm.config import Config, Fit
@@ -504,8 +504,10 @@ def load(  # noqa: PLR0913  (what is loaded, and how it is to run)
     """
     start = time.perf_counter()
     placement = place(device, dtype)
+    check(placement, is_compiled=compile, engine=engine)
     folder = resolve(str(name_or_folder))
-    checkpoint = load_checkpoint(folder, vision=vision, base=base, dtype=placement.dtype)
+    keep = takes_halves(placement, is_compiled=compile)
+    checkpoint = load_checkpoint(folder, vision=vision, base=base, dtype=placement.dtype, keep_halves=keep)
     predictor = Predictor(
         checkpoint.model,
         checkpoint.tokenizer,

@@ -1,6 +1,7 @@
 """What runs in another engine computes the same; what is not here is one line."""
 
 import builtins
+import sys
 
 import pytest
 import torch
@@ -81,3 +82,12 @@ def test_compiled_kernels_are_for_the_cpu():
 
 def test_by_default_nothing_is_compiled():
     assert not isinstance(accelerate(nano(), ON_CPU).language, NativeQwen2)
+
+
+@pytest.mark.parametrize(("options", "said"), [({"compile": True}, "no C"), ({"engine": "openvino"}, "pip install")])
+def test_what_is_missing_is_reported_before_the_model_is_looked_for(options, said, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+
+    with pytest.raises(DeviceError, match=said):
+        fastvlm.load("no-such-model", device="cpu", dtype="float32", **options)

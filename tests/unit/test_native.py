@@ -3,15 +3,18 @@
 import copy
 import stat
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import fastvlm
 from fastvlm.config import LanguageConfig
 from fastvlm.errors import ContextError, DeviceError
 from fastvlm.model.cache import KVCache
+from fastvlm.model.halves import HalfEmbedding, halve
 from fastvlm.model.language import Qwen2
 from fastvlm.model.native import MOST_TOKENS, NativeQwen2, can_compile
 from fastvlm.model.quantize import ROW, Packing, QuantizedEmbedding, QuantizedLinear, quantise, replace_layers
@@ -19,6 +22,7 @@ from fastvlm.native import build
 from fastvlm.options import GenerationOptions
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the kernels are built by GCC or Clang")
+GOLDENS = Path(__file__).parents[1] / "goldens"
 CONFIG = LanguageConfig(dim=64, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=96, vocab_size=101, tied=True)
 ODD = LanguageConfig(dim=44, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=50, vocab_size=37, tied=False)
 
@@ -95,6 +99,71 @@ def test_bfloat16_is_nearer_to_float32_than_the_models_own_operators_are(kernels
     few = slice(11, None)  # what the kernels read
     assert (got[few] - expected[few]).norm() < (own[few] - expected[few]).norm()
     assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("config", [CONFIG, ODD], ids=["even", "odd"])
+@pytest.mark.parametrize("num_tokens", [2, 3, 4, 5, 8])
+def test_tokens_that_are_read_together_give_what_each_gives_alone(kernels, config, num_tokens):
+    language = language_of(config, torch.bfloat16)
+    native = NativeQwen2(language, kernels, 2)
+    hidden = torch.randn(num_tokens, config.dim, dtype=torch.bfloat16)
+    expected = copy.deepcopy(language).float().head(hidden.float())
+
+    together = native.head(hidden)
+
+    assert torch.equal(together, torch.cat([native.head(one) for one in hidden[:, None]]))
+    assert_close(together, expected, rtol=1e-4, atol=1e-4)
+
+
+def halved(config):
+    """A model of floats that bfloat16 holds, and the same with matrices of bfloat16."""
+    plain = language_of(config, torch.bfloat16).float()
+    other = copy.deepcopy(plain)
+    halve(other, lambda _: None)
+    return plain, other
+
+
+@pytest.mark.parametrize("config", [CONFIG, ODD], ids=["even", "odd"])
+@pytest.mark.parametrize("num_rows", [1, 2])
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("most", [0, 48])  # layers of the prompt as floats, or by the kernels
+def test_matrices_of_bfloat16_give_what_floats_give(kernels, config, num_rows, num_threads, most, monkeypatch):
+    monkeypatch.setattr("fastvlm.model.native._MOST_HALVES", most)
+    language, other = halved(config)
+    native = NativeQwen2(other, kernels, num_threads)
+    hidden = torch.randn(60, config.dim)
+    cache, own = cache_of(config, num_rows), cache_of(config, num_rows)
+
+    expected = read_in_steps(language, steps_of(config, num_rows), cache)
+    got = read_in_steps(native, steps_of(config, num_rows), own)
+
+    assert not [layer for layer in other.modules() if isinstance(layer, torch.nn.Linear | torch.nn.Embedding)]
+    assert own.keys.dtype == torch.float32
+    assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    for length in (1, 9, 48, 60):
+        assert_close(native.head(hidden[:length]), language.head(hidden[:length]), rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_answers_in_floats_with_matrices_of_bfloat16_are_apples(kernels, monkeypatch):
+    monkeypatch.setattr("fastvlm.accelerate.library", lambda: kernels)
+    golden = load_file(GOLDENS / "apple_tiny.expected.safetensors")
+    prompt, greedy, logits = (golden[f"case.textonly.{name}"] for name in ("input_ids", "greedy", "logits"))
+    predictor = fastvlm.load(GOLDENS / "apple_tiny", device="cpu", dtype="float32", compile=True)
+    language = predictor.model.language
+    never = predictor.tokenizer.never_chosen(language.config.vocab_size)
+    cache = cache_of(language.config, 1, capacity=64)
+
+    found, chosen = [], []
+    for token_ids in (prompt, *greedy[:-1, None]):
+        hidden = language(language.embed(token_ids[None].long()), cache)
+        cache.advance([len(token_ids)])
+        found.append(language.head(hidden)[0])
+        chosen.append(int(found[-1][-1].index_fill(0, torch.tensor(never), -torch.inf).argmax()))
+
+    assert isinstance(language.embed_tokens, HalfEmbedding)
+    assert_close(found[0][-len(logits) :], logits, rtol=0, atol=2e-3)
+    assert chosen == greedy.tolist()
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)

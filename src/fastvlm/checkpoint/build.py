@@ -1,6 +1,6 @@
 """From named tensors to modules: geometry out of the shapes, strict, and one tensor at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, TypeVar
 
 import torch
@@ -75,6 +75,7 @@ def build(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    kept: Collection[str] = (),
 ) -> Module:
     """Build a module without weights, check every tensor's name and shape, then put the tensors in.
 
@@ -83,6 +84,7 @@ def build(
         parts: The tensors under the names of the module's parameters; layers whose matrix is quantised are replaced.
         dtype: What to convert to; None keeps each tensor as stored. BatchNorm stays in float32 when that is wider.
         device: Where the tensors go.
+        kept: Names of tensors that stay in bfloat16 where they are stored so.
 
     Raises:
         CheckpointError: A tensor is missing, left over, or of another shape.
@@ -96,6 +98,8 @@ def build(
     state: dict[str, Tensor] = {}
     for name in expected:
         target = norm_dtype(dtype) if name in norms else dtype
+        if name in kept and parts.sources[name].read().dtype == torch.bfloat16:
+            target = None
         state[name] = _take(parts, name, expected[name].dtype, target, device)
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval()

@@ -68,6 +68,7 @@ def load(  # noqa: PLR0913  (where the parts are)
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     dequantise: bool = False,
+    keep_halves: bool = False,
 ) -> Checkpoint:
     """Load a checkpoint folder, or a zip archive of one, in any layout we read; or a folder with a LoRA adapter.
 
@@ -80,6 +81,8 @@ def load(  # noqa: PLR0913  (where the parts are)
         device: Where the model goes.
         dequantise: Make floats of quantised matrices; by default those of the language model in 4 and 8 bits stay as
             they are (`model.quantize`), mapped from the file.
+        keep_halves: Leave matrices of the language model in bfloat16 where they lie so, mapped from the file, whatever
+            `dtype` is: for `model.halves`. An adapter's model is converted, as its updates are finer.
 
     Raises:
         CheckpointError: A file, a tensor or a key of the configuration is missing, left over or unsupported.
@@ -111,9 +114,15 @@ def load(  # noqa: PLR0913  (where the parts are)
         config = _config(parts, text, raw, origin, layout=layout, settings=settings)
         tokenizer = Tokenizer.load(tokenizer_place)
         config = replace(config, image_token_id=_image_token_id(tokenizer, config, raw, origin, layout=layout))
-        model = build(lambda: FastVLM(config), parts, dtype=dtype, device=device)
+        kept = [name for name in parts.sources if _is_matrix(parts, name)] if keep_halves else []
+        model = build(lambda: FastVLM(config), parts, dtype=dtype, device=device, kept=kept)
         licences = {file.name: file.read_bytes() for file in licence_files(place)}
     return Checkpoint(model, tokenizer, layout, path, weights.fingerprint(), licences, weights.forget_copied)
+
+
+def _is_matrix(parts: Parts, name: str) -> bool:
+    """Whether a tensor is a matrix of the language model."""
+    return name.startswith("language.") and name.endswith(".weight") and len(parts.shape(name)) == 2
 
 
 def _load_adapted(path: Path, base: str | Path | None, **how: Any) -> Checkpoint:

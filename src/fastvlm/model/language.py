@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fastvlm.config import LanguageConfig
 from fastvlm.model.cache import KVCache
+from fastvlm.model.halves import HalfEmbedding
 from fastvlm.model.quantize import QuantizedEmbedding
 
 
@@ -169,7 +170,7 @@ class Qwen2(nn.Module):
         """`(..., D)` hidden states to `(..., V)` logits."""
         if self.lm_head is not None:
             return self.lm_head(hidden)
-        if isinstance(self.embed_tokens, QuantizedEmbedding):
+        if isinstance(self.embed_tokens, QuantizedEmbedding | HalfEmbedding):
             return self.embed_tokens.as_head(hidden)
         return F.linear(hidden, self.embed_tokens.weight)
 

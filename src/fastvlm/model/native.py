@@ -19,11 +19,14 @@ from torch.nn import functional as F
 from fastvlm.config import LanguageConfig
 from fastvlm.errors import ContextError
 from fastvlm.model.cache import KVCache
+from fastvlm.model.halves import HalfLinear
 from fastvlm.model.language import Layer, Qwen2, RMSNorm
-from fastvlm.model.quantize import QuantizedEmbedding, QuantizedLinear, quantized_layers
+from fastvlm.model.quantize import QuantizedEmbedding, QuantizedLinear
 
 MOST_TOKENS: Final = 8
 """More tokens than this, rows counted, are faster as products of matrices."""
+_MOST_HALVES: Final = 48
+"""More rows of activations than this are faster as products of floats that are made of bfloat16."""
 _TILE_BYTES: Final = 2**20  # of floats at once: they stay in the cache until they are multiplied with
 _BITS: Final = {torch.float32: 32, torch.bfloat16: 16}
 
@@ -84,10 +87,12 @@ class NativeQwen2(nn.Module):
         super().__init__()
         self.language = language
         self._kernels = _Kernels(language, library, num_threads)
-        for name, layer in quantized_layers(language).items():
+        for name, layer in list(language.named_modules()):
+            parent, _, own = name.rpartition(".")
             if isinstance(layer, QuantizedLinear):
-                parent, _, own = name.rpartition(".")
                 setattr(language.get_submodule(parent), own, _TiledLinear(layer, self._kernels))
+            elif isinstance(layer, HalfLinear):
+                setattr(language.get_submodule(parent), own, _HalvedLinear(layer, self._kernels))
 
     @property
     def config(self) -> LanguageConfig:
@@ -115,9 +120,9 @@ class NativeQwen2(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """`(..., D)` hidden states to `(..., V)` logits."""
-        if hidden.shape[:-1].numel() > MOST_TOKENS:
+        if hidden.shape[:-1].numel() > self._kernels.most_of_head:
             return self.language.head(hidden)
-        return self._kernels.multiply_head(hidden)
+        return self._kernels.multiply(self._kernels.head, hidden)
 
     def make_cache(self, num_rows: int, capacity: int) -> KVCache:
         """Make room for `capacity` positions in each row."""
@@ -151,6 +156,19 @@ class _TiledLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
 
+class _HalvedLinear(nn.Module):
+    """A layer of bfloat16 for floats: some tokens by the kernels, many by floats."""
+
+    def __init__(self, layer: HalfLinear, kernels: "_Kernels") -> None:
+        super().__init__()
+        self.layer, self._kernels, self._matrix = layer, kernels, kernels.matrix(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., K)` to `(..., N)`."""
+        is_many = x.shape[:-1].numel() > _MOST_HALVES
+        return self.layer(x) if is_many else self._kernels.multiply(self._matrix, x)
+
+
 class _Kernels:
     """The library, its threads, and where it finds the weights; what it points to is kept alive here."""
 
@@ -175,7 +193,9 @@ class _Kernels:
             cache_bits=_BITS[language.norm.weight.dtype],
         )
         head = language.embed_tokens if language.lm_head is None else language.lm_head
-        self._head, self._dtype = self.matrix(head), language.norm.weight.dtype
+        self.head, self._dtype = self.matrix(head), language.norm.weight.dtype
+        is_half = self._dtype == torch.float32 and self.head.bits == _BITS[torch.bfloat16]
+        self.most_of_head = _MOST_HALVES if is_half else MOST_TOKENS
 
     def __del__(self) -> None:
         self._library.fastvlm_free(self._pool)
@@ -209,19 +229,19 @@ class _Kernels:
             )
         return hidden.view(num_rows, num_tokens, dim)
 
-    def multiply_head(self, hidden: Tensor) -> Tensor:
-        """`(..., D)` hidden states to `(..., V)` logits, float32."""
-        rows = hidden.float().reshape(-1, hidden.shape[-1]).contiguous()
-        logits = torch.empty(len(rows), self._head.rows)
+    def multiply(self, matrix: _Matrix, x: Tensor) -> Tensor:
+        """`(..., K)` to `(..., N)`, float32, the matrix's bias added."""
+        rows = x.float().reshape(-1, x.shape[-1]).contiguous()
+        product = torch.empty(len(rows), matrix.rows)
         with self._lock:
             self._library.fastvlm_multiply(
                 self._pool,
-                ctypes.byref(self._head),
+                ctypes.byref(matrix),
                 ctypes.c_void_p(rows.data_ptr()),
                 ctypes.c_int64(len(rows)),
-                ctypes.c_void_p(logits.data_ptr()),
+                ctypes.c_void_p(product.data_ptr()),
             )
-        return logits.view(*hidden.shape[:-1], -1)
+        return product.view(*x.shape[:-1], -1)
 
     def write_floats(self, matrix: _Matrix, begin: int, end: int, out: Tensor) -> None:
         """Write rows of a quantised matrix as floats to `out` `(end - begin, K)`."""

@@ -6,7 +6,8 @@ Letters: `P` images, `H, W` pixels, `N` positions, `C` channels.
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import Any, Final
+from types import ModuleType
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,21 @@ from fastvlm.errors import DeviceError
 from fastvlm.model.vision import FastViTHD
 
 _PRECISIONS: Final = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def find_openvino(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """Return OpenVINO, for an encoder on that device and in that format.
+
+    Raises:
+        DeviceError: It is not installed, or not for these.
+    """
+    if device.type != "cpu" or dtype not in _PRECISIONS:
+        raise DeviceError(f"--engine openvino is for the CPU, in float32 or bfloat16, not for {device} in {dtype}")
+    try:
+        import openvino  # type: ignore[import-untyped,import-not-found,unused-ignore]
+    except ImportError as error:
+        raise DeviceError("--engine openvino needs OpenVINO: pip install 'fastvlm[openvino]'") from error
+    return cast(ModuleType, openvino)
 
 
 class OpenVinoVision(nn.Module):
@@ -28,14 +44,7 @@ class OpenVinoVision(nn.Module):
         """
         super().__init__()
         weight = next(vision.parameters())
-        if weight.device.type != "cpu" or weight.dtype not in _PRECISIONS:
-            raise DeviceError(
-                f"--engine openvino is for the CPU, in float32 or bfloat16, not for {weight.device} in {weight.dtype}"
-            )
-        try:
-            import openvino  # type: ignore[import-untyped,import-not-found,unused-ignore]
-        except ImportError as error:
-            raise DeviceError("--engine openvino needs OpenVINO: pip install 'fastvlm[openvino]'") from error
+        openvino = find_openvino(weight.device, weight.dtype)
         self.config, self.dtype = vision.config, weight.dtype
         self.head, self.grid = vision.head, vision.grid
         self._openvino, self._lock = openvino, threading.Lock()

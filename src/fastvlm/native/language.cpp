@@ -107,6 +107,8 @@ private:
     std::atomic<int> num_running{0}, num_here{0}, phase{0};
 };
 
+constexpr int64_t PANEL = 64;  // rows of bfloat16
+
 // What one thread does of a call.
 class Worker {
 public:
@@ -124,6 +126,25 @@ public:
                 sums[token * num_groups + group] = total;
             }
         const int64_t begin = m.rows * index / pool.size, end = m.rows * (index + 1) / pool.size;
+        if (m.bits == 16) {
+            // Some rows at a time, which stay in the cache for all tokens, in blocks of a few rows and a few tokens.
+            const uint16_t* weight = static_cast<const uint16_t*>(m.weight);
+            const int64_t num_tokens = inputs.size();
+            for (int64_t first = begin, last; first < end; first = last) {
+                last = std::min(first + PANEL, end);
+                for (int64_t token = 0; token < num_tokens; token += TOKENS)
+                    for (int64_t row = first, next; row < last; row = next) {
+                        next = row + ROWS <= last ? row + ROWS : row + 1;
+                        const int64_t count = std::min<int64_t>(num_tokens - token, TOKENS);
+                        (next - row == ROWS ? dot_bfloat16<ROWS> : dot_bfloat16<1>)(
+                            weight + row * m.columns, m.columns, inputs.data() + token, count, block);
+                        for (int64_t n = row; n < next; ++n)
+                            for (int64_t t = 0; t < count; ++t)
+                                take(token + t, n, block[n - row][t] + (m.bias ? m.bias[n] : 0));
+                    }
+            }
+            return;
+        }
 #if HAS_BYTE_PRODUCTS
         if (m.bits < 16 && m.group % BLOCK == 0) {
             numbers.resize(inputs.size());
@@ -150,6 +171,7 @@ public:
     Pool& pool;
     const int index;
     std::vector<float> sums, scores;
+    float block[ROWS][TOKENS];
 #if HAS_BYTE_PRODUCTS
     std::vector<Numbers> numbers;
     std::vector<float> factors;

@@ -38,7 +38,8 @@ struct Matrix {           // (N, K) row by row; fields as in fastvlm/model/nativ
     int32_t scale_bits;   // 32 or 16: format of scales and biases
 };
 
-typedef uint32_t Pair __attribute__((may_alias, aligned(2)));  // two bfloat16 in place: a copy would pass through memory
+typedef float Floats __attribute__((vector_size(4 * LANES), may_alias, aligned(4)));
+typedef uint32_t Pairs __attribute__((vector_size(4 * LANES), may_alias, aligned(2)));  // of bfloat16, in place
 
 inline float from_bits(uint32_t bits) {
     float value;
@@ -134,20 +135,57 @@ float dot_float(const float* weight, const float* x, int64_t size) {
     return total;
 }
 
-float dot_bfloat16(const uint16_t* weight, const Vector& x, int64_t size) {
-    float even[LANES] = {}, odd[LANES] = {};
+#if defined(__AVX512F__)
+constexpr int ROWS = 4;    // of a block: its sums stay in registers
+#else
+constexpr int ROWS = 1;
+#endif
+constexpr int TOKENS = 4;
+
+// Rows of bfloat16, one behind the other, times several vectors; each sum is the same in a block of any size.
+template <int N, int T>
+void dot_bfloat16(const uint16_t* weight, int64_t size, const Vector* x, float (*out)[TOKENS]) {
+    Floats lanes[N][T] = {};
     int64_t i = 0;
     for (; i + 2 * LANES <= size; i += 2 * LANES) {
-        const Pair* pairs = reinterpret_cast<const Pair*>(weight + i);
-        fetch_ahead(pairs);
-        for (int lane = 0; lane < LANES; ++lane) {
-            even[lane] += from_bits(pairs[lane] << 16) * x.even[i / 2 + lane];
-            odd[lane] += from_bits(pairs[lane] & 0xffff0000u) * x.odd[i / 2 + lane];
+        Floats even[N], odd[N];
+#pragma GCC unroll 4
+        for (int row = 0; row < N; ++row) {
+            const Pairs* pairs = reinterpret_cast<const Pairs*>(weight + row * size + i);
+            fetch_ahead(pairs);
+            even[row] = reinterpret_cast<Floats>(*pairs << 16);
+            odd[row] = reinterpret_cast<Floats>(*pairs & 0xffff0000u);
+        }
+#pragma GCC unroll 4
+        for (int token = 0; token < T; ++token) {
+            const Floats left = *reinterpret_cast<const Floats*>(x[token].even.data() + i / 2);
+            const Floats right = *reinterpret_cast<const Floats*>(x[token].odd.data() + i / 2);
+#pragma GCC unroll 4
+            for (int row = 0; row < N; ++row) {
+                lanes[row][token] += even[row] * left;
+                lanes[row][token] += odd[row] * right;
+            }
         }
     }
-    float total = sum(even) + sum(odd);
-    for (; i < size; ++i) total += load(weight, i, 16) * x.plain[i];
-    return total;
+#pragma GCC unroll 4
+    for (int row = 0; row < N; ++row)
+#pragma GCC unroll 4
+        for (int token = 0; token < T; ++token) {
+            float total = 0;
+            for (int lane = 0; lane < LANES; ++lane) total += lanes[row][token][lane];
+            for (int64_t j = i; j < size; ++j) total += load(weight + row * size, j, 16) * x[token].plain[j];
+            out[row][token] = total;
+        }
+}
+
+template <int N>
+void dot_bfloat16(const uint16_t* weight, int64_t size, const Vector* x, int64_t num_tokens, float (*out)[TOKENS]) {
+    switch (num_tokens) {
+        case 1: return dot_bfloat16<N, 1>(weight, size, x, out);
+        case 2: return dot_bfloat16<N, 2>(weight, size, x, out);
+        case 3: return dot_bfloat16<N, 3>(weight, size, x, out);
+        default: return dot_bfloat16<N, TOKENS>(weight, size, x, out);
+    }
 }
 
 // Sum over the groups of a row: scale * (numbers . x) + bias * (sum of x); `sums` holds the sums of x.
@@ -311,7 +349,6 @@ float dot(const Matrix& m, int64_t row, const Vector& x, const float* sums) {
     const float bias = m.bias ? m.bias[row] : 0;
     switch (m.bits) {
         case 32: return bias + dot_float(static_cast<const float*>(m.weight) + row * m.columns, x.plain.data(), m.columns);
-        case 16: return bias + dot_bfloat16(static_cast<const uint16_t*>(m.weight) + row * m.columns, x, m.columns);
         case 8: return bias + dot_groups<8>(m, row, x, sums);
         default: return bias + dot_groups<4>(m, row, x, sums);
     }
