@@ -117,7 +117,10 @@ def documents(folder: Path) -> dict[Path, str]:
         }
         made[path] = _put(text, tables)
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("train-*.json"))]
-    made[TRAINING] = _put(TRAINING.read_text(encoding="utf-8"), {"memory": _memory(runs), "steps": _steps(runs)})
+    here = [run for run in runs if run["settings"].get("device", "cpu") == "cpu"]
+    elsewhere = [run for run in runs if run not in here]
+    tables = {"memory": _memory(here), "steps": _steps(here), "gpu-steps": _gpu_steps(elsewhere)}
+    made[TRAINING] = _put(TRAINING.read_text(encoding="utf-8"), tables)
     return made
 
 
@@ -162,6 +165,27 @@ def _steps(runs: Iterable[Results]) -> str:
         )
     head = ("model", "seconds of the clock, ours and theirs", "times as fast", "by processors' seconds", "peak memory")
     return _rows(head, rows)
+
+
+def _gpu_steps(runs: Iterable[Results]) -> str:
+    """Steps on GPUs: one program a row."""
+    rows = []
+    for run in runs:
+        said = run["settings"]
+        for name, row in run["results"].items():
+            compiled = ", compiled" if said["compile"] and name.startswith("fastvlm") else ""
+            rows.append(
+                (
+                    f"{said['model'].replace('0.5b', '0.5B')}, {said['batch_size']} rows of {said['image_size']} px",
+                    f"{name}{compiled}",
+                    f"{1000 * row['seconds_a_step']:.0f}",
+                    f"{row['samples_per_second']:.1f}",
+                    f"{100 * row['mfu']:.1f} %",
+                    f"{row['peak_gb']:.1f} GB",
+                    f"{row['first_loss']:.4f}",
+                )
+            )
+    return _rows(("batch", "program", "ms a step", "samples/s", "MFU", "peak memory of a GPU", "first loss"), rows)
 
 
 def _exports(folder: Path) -> dict[tuple[str, str, str], tuple[Results, Results]]:
