@@ -21,7 +21,7 @@ help:
 	@echo 'make test-all   all tests that can run here'
 	@echo 'make check      format, lint and types'
 	@echo 'make bench      time nano, and the 0.5B model with random weights, on this machine (docs/benchmarks.md)'
-	@echo 'make numbers    measure nano on 1,000 new pictures a task; write the tables of docs/benchmarks.md'
+	@echo 'make numbers    measure nano on 2,000 new pictures a task; write the tables of docs/benchmarks.md'
 	@echo 'make wheel      build the wheel into dist/'
 
 $(READY): pyproject.toml constraints.txt
@@ -67,7 +67,7 @@ endif
 
 numbers: $(READY)
 	$(BIN)/fastvlm data assets
-	$(BIN)/fastvlm eval --tasks nano --output benchmarks/results/nano.json
+	$(BIN)/fastvlm eval --tasks nano --num-samples 2000 --output benchmarks/results/nano.json
 	$(BIN)/python benchmarks/tables.py
 
 wheel: $(READY)
