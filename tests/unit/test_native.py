@@ -126,9 +126,9 @@ def halved(config):
 @pytest.mark.parametrize("config", [CONFIG, ODD], ids=["even", "odd"])
 @pytest.mark.parametrize("num_rows", [1, 2])
 @pytest.mark.parametrize("num_threads", [1, 3])
-@pytest.mark.parametrize("most", [0, 48])  # layers of the prompt as floats, or by the kernels
+@pytest.mark.parametrize("most", [0, 2**15])  # the prompt as floats, or by the kernels
 def test_matrices_of_bfloat16_give_what_floats_give(kernels, config, num_rows, num_threads, most, monkeypatch):
-    monkeypatch.setattr("fastvlm.model.native._MOST_HALVES", most)
+    monkeypatch.setattr("fastvlm.model.native._MOST_PAIRS", most)
     language, other = halved(config)
     native = NativeQwen2(other, kernels, num_threads)
     hidden = torch.randn(60, config.dim)

@@ -19,14 +19,16 @@ from torch.nn import functional as F
 from fastvlm.config import LanguageConfig
 from fastvlm.errors import ContextError
 from fastvlm.model.cache import KVCache
-from fastvlm.model.halves import HalfLinear
+from fastvlm.model.halves import HalfEmbedding, HalfLinear
 from fastvlm.model.language import Layer, Qwen2, RMSNorm
-from fastvlm.model.quantize import QuantizedEmbedding, QuantizedLinear
+from fastvlm.model.quantize import QuantizedEmbedding, QuantizedLinear, quantized_layers
 
 MOST_TOKENS: Final = 8
 """More tokens than this, rows counted, are faster as products of matrices."""
 _MOST_HALVES: Final = 48
-"""More rows of activations than this are faster as products of floats that are made of bfloat16."""
+"""So many where matrices of bfloat16 would have to become floats first."""
+_MOST_PAIRS: Final = 2**15
+"""Of a token and a position before it, beyond `MOST_TOKENS`: attention to more is faster by PyTorch."""
 _TILE_BYTES: Final = 2**20  # of floats at once: they stay in the cache until they are multiplied with
 _BITS: Final = {torch.float32: 32, torch.bfloat16: 16}
 
@@ -87,12 +89,10 @@ class NativeQwen2(nn.Module):
         super().__init__()
         self.language = language
         self._kernels = _Kernels(language, library, num_threads)
-        for name, layer in list(language.named_modules()):
-            parent, _, own = name.rpartition(".")
+        for name, layer in quantized_layers(language).items():
             if isinstance(layer, QuantizedLinear):
+                parent, _, own = name.rpartition(".")
                 setattr(language.get_submodule(parent), own, _TiledLinear(layer, self._kernels))
-            elif isinstance(layer, HalfLinear):
-                setattr(language.get_submodule(parent), own, _HalvedLinear(layer, self._kernels))
 
     @property
     def config(self) -> LanguageConfig:
@@ -120,7 +120,7 @@ class NativeQwen2(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """`(..., D)` hidden states to `(..., V)` logits."""
-        if hidden.shape[:-1].numel() > self._kernels.most_of_head:
+        if hidden.shape[:-1].numel() > self._kernels.most_tokens:
             return self.language.head(hidden)
         return self._kernels.multiply(self._kernels.head, hidden)
 
@@ -130,9 +130,15 @@ class NativeQwen2(nn.Module):
 
     def forward(self, embeds: Tensor, cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:
         """Do what `Qwen2.forward` does."""
-        if cache is None or segments is not None or embeds.shape[:2].numel() > MOST_TOKENS:
+        if cache is None or segments is not None or not self._are_few(embeds.shape[:2].numel(), cache):
             return self.language(embeds, cache, segments)
         return self._kernels.read(embeds, cache)
+
+    def _are_few(self, num_tokens: int, cache: KVCache) -> bool:
+        if num_tokens <= MOST_TOKENS:
+            return True
+        num_pairs = num_tokens * (max(cache.lengths) + num_tokens)
+        return num_tokens <= self._kernels.most_tokens and num_pairs <= _MOST_PAIRS
 
 
 class _TiledLinear(nn.Module):
@@ -154,19 +160,6 @@ class _TiledLinear(nn.Module):
             self._kernels.write_floats(self._matrix, begin, end, floats)
             product[..., begin:end] = F.linear(x, floats)
         return product if self.bias is None else product + self.bias
-
-
-class _HalvedLinear(nn.Module):
-    """A layer of bfloat16 for floats: some tokens by the kernels, many by floats."""
-
-    def __init__(self, layer: HalfLinear, kernels: "_Kernels") -> None:
-        super().__init__()
-        self.layer, self._kernels, self._matrix = layer, kernels, kernels.matrix(layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., K)` to `(..., N)`."""
-        is_many = x.shape[:-1].numel() > _MOST_HALVES
-        return self.layer(x) if is_many else self._kernels.multiply(self._matrix, x)
 
 
 class _Kernels:
@@ -194,8 +187,7 @@ class _Kernels:
         )
         head = language.embed_tokens if language.lm_head is None else language.lm_head
         self.head, self._dtype = self.matrix(head), language.norm.weight.dtype
-        is_half = self._dtype == torch.float32 and self.head.bits == _BITS[torch.bfloat16]
-        self.most_of_head = _MOST_HALVES if is_half else MOST_TOKENS
+        self.most_tokens = _MOST_HALVES if isinstance(head, HalfLinear | HalfEmbedding) else MOST_TOKENS
 
     def __del__(self) -> None:
         self._library.fastvlm_free(self._pool)
