@@ -71,6 +71,49 @@ def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
     assert "cannot be written" in said[0]
 
 
+def unwritten(monkeypatch):
+    """Nothing is prepared: the models of random weights are not written."""
+    for module in ("subject", "train"):
+        monkeypatch.setattr(f"fastvlm.benchmark.{module}.init_checkpoint", lambda *_, **__: pytest.fail("too late"))
+
+
+@pytest.mark.parametrize("command", ["paper", "peers", "train"])
+@pytest.mark.parametrize("what", ["missing", "broken", "without modules"])
+def test_a_rival_that_cannot_run_is_said_before_anything_is_measured(command, what, tmp_path, capsys, monkeypatch):
+    unwritten(monkeypatch)
+    python = tmp_path / "python"
+    if what == "broken":
+        python.write_text("#!/bin/sh\nexit 7\n")
+    elif what == "without modules":
+        python.write_text("#!/bin/sh\necho 'Traceback' >&2\necho 'No module named timm' >&2\nexit 1\n")
+    if what != "missing":
+        python.chmod(0o755)
+
+    status = main(["bench", command, "--model", "0.5b", "--rival-python", str(python)])
+
+    assert status == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    expected = {
+        "missing": "cannot be run: No such file",
+        "broken": "status 7",
+        "without modules": "No module named timm",
+    }
+    assert str(python) in said
+    assert expected[what] in said
+
+
+@pytest.mark.parametrize("command", [["latency", "--compile"], ["peers", "--route", "compile"]], ids=lambda c: c[0])
+def test_a_missing_compiler_is_said_before_anything_is_measured(command, capsys, monkeypatch):
+    unwritten(monkeypatch)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+
+    status = main(["bench", *command, "--model", "0.5b", "--device", "cpu"])
+
+    assert status == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "no C++ compiler is here" in said
+
+
 def test_a_batch_has_a_picture_in_each_row_and_learns_the_end_of_it():
     options = BenchTrainOptions(**SMALL)
 

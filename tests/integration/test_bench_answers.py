@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastvlm.benchmark import costs, peers, subject
+from fastvlm.benchmark.latency import lengths_for
 from fastvlm.benchmark.ours import Subject, open_predictor
 from fastvlm.benchmark.turns import Runner, interleave
 from fastvlm.cli import main
@@ -19,6 +20,7 @@ from fastvlm.device import place
 from fastvlm.errors import InputError
 from fastvlm.generate import generate
 from fastvlm.options import (
+    LENGTHS,
     BenchLatencyOptions,
     BenchPaperOptions,
     BenchPeersOptions,
@@ -318,6 +320,25 @@ def load_tables():
 def test_settings_out_of_range_are_refused(kind, values):
     with pytest.raises(InputError):
         kind(**values)
+
+
+def test_a_length_that_the_context_does_not_hold_is_refused_before_anything_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr("fastvlm.benchmark.latency.start", lambda *_: pytest.fail("too late"))
+
+    status = main(["bench", "latency", "--model", str(TINY), "--lengths", "8", "--lengths", "999999"])
+
+    assert status == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "lengths must be below" in said
+    assert "got 999999" in said
+
+
+def test_default_lengths_that_the_context_does_not_hold_are_left_out_and_named():
+    said = []
+
+    assert lengths_for(LENGTHS, 2048, said.append) == [64, 128, 256, 512, 1024]
+    assert lengths_for((8, 2047, 8), 2048, said.append) == [8, 2047]
+    assert said == ["left out: prompts of 2048, 4096 tokens; the context holds 2048"]
 
 
 def test_a_folder_without_an_onnx_export_is_refused(tmp_path):

@@ -19,6 +19,7 @@ from fastvlm.benchmark import costs
 from fastvlm.benchmark.record import facts, keep, load_average, route_of
 from fastvlm.benchmark.spread import slope, summaries, summary
 from fastvlm.benchmark.subject import (
+    check_here,
     copies,
     environment,
     folder_of,
@@ -33,7 +34,7 @@ from fastvlm.benchmark.turns import Runner
 from fastvlm.checkpoint.load import load as load_checkpoint
 from fastvlm.config import Config
 from fastvlm.errors import InputError
-from fastvlm.options import BenchLatencyOptions
+from fastvlm.options import LENGTHS, BenchLatencyOptions
 
 QUESTIONS: Final = ("What is this?", "Where was this taken, and when?")
 _SECONDS: Final = 15.0  # after which a point of a curve is not measured again
@@ -48,20 +49,24 @@ def run(options: BenchLatencyOptions, *, command: Sequence[str], report: Callabl
         report: Takes a line as each part ends.
 
     Raises:
-        InputError: The program cannot be run, or a size does not fit the model.
+        InputError: The program cannot be run, or a size or a length does not fit the model.
+        DeviceError: A device, a format, a compiler or an engine is missing.
     """
     before, threads, loading = load_average(), num_threads(options.threads), options.loading
+    check_here(loading)
     with tempfile.TemporaryDirectory(prefix="fastvlm-bench-") as name:
         scratch = Path(name)
         folder = folder_of(loading.model, scratch)
+        config = load_checkpoint(folder).model.config
+        lengths = [] if options.short else lengths_for(options.lengths, config.language.max_positions, report)
         with start("fastvlm", folder, loading, threads) as ours:
             side = side_of(options.image_size, ours.hello)
+            sides = [] if options.short else sorted({side_of(size, ours.hello) for size in options.sizes})
             found = _parts(ours, options, side, scratch, report)
             found |= _files(ours, options, side, scratch, report)
             if not options.short:
-                config = load_checkpoint(folder).model.config
-                found["against_size"] = against_size(ours, options, config, report)
-                found["against_length"] = against_length(ours, options, config, report)
+                found["against_size"] = against_size(ours, sides, options.rounds, config, report)
+                found["against_length"] = against_length(ours, lengths, options.rounds, config, report)
             hello = ours.hello
         if not options.short:
             found["command"] = _command(folder, options, threads)
@@ -141,13 +146,27 @@ def _files(
     }
 
 
+def lengths_for(lengths: Sequence[int], max_positions: int, report: Callable[[str], None]) -> list[int]:
+    """The prompt lengths that a context holds with one token behind them; what is left out of the default ones is said.
+
+    Raises:
+        InputError: One that was asked for is too long.
+    """
+    fitting, others = ([n for n in sorted(set(lengths)) if (n < max_positions) is fits] for fits in (True, False))
+    if others and tuple(lengths) != LENGTHS:
+        raise InputError(f"lengths must be below {max_positions}, which the model's context holds, got {others[0]}")
+    if others:
+        report(f"left out: prompts of {', '.join(map(str, others))} tokens; the context holds {max_positions}")
+    return fitting
+
+
 def against_size(
-    ours: Runner, options: BenchLatencyOptions, config: Config, report: Callable[[str], None]
+    ours: Runner, sides: Sequence[int], rounds: int, config: Config, report: Callable[[str], None]
 ) -> dict[str, Any]:
     """Vision against the picture's side; `slope` is the exponent of the time, `flops_slope` that of the operations."""
     points: list[dict[str, Any]] = []
-    for side in sorted({side_of(size, ours.hello) for size in options.sizes}):
-        times = _again(options.rounds, lambda side=side: ours.ask("encode", rows=1, image_size=side)["encode"])  # type: ignore[misc]
+    for side in sides:
+        times = _again(rounds, lambda side=side: ours.ask("encode", rows=1, image_size=side)["encode"])  # type: ignore[misc]
         flops = sum(cost.flops for cost in costs.vision(config.vision, side, side).values())
         points.append({"image_size": side, "tokens": (side // config.vision.stride) ** 2, "gflop": flops / 1e9})
         points[-1] |= {"vision_ms": summary(times)}
@@ -156,13 +175,13 @@ def against_size(
 
 
 def against_length(
-    ours: Runner, options: BenchLatencyOptions, config: Config, report: Callable[[str], None]
+    ours: Runner, lengths: Sequence[int], rounds: int, config: Config, report: Callable[[str], None]
 ) -> dict[str, Any]:
     """Prefill against the prompt's length in tokens, which are text."""
     points: list[dict[str, Any]] = []
-    for length in sorted(length for length in set(options.lengths) if length < config.language.max_positions):
+    for length in lengths:
         times = _again(
-            options.rounds,
+            rounds,
             lambda length=length: ours.ask("prefill", rows=1, length=length)["prefill"],  # type: ignore[misc]
         )
         flops = (costs.language(config.language, length) + costs.head(config.language)).flops

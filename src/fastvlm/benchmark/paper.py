@@ -17,13 +17,15 @@ from fastvlm.benchmark import costs
 from fastvlm.benchmark.published import ENCODERS, FASTVITHD, LANGUAGE, SOURCE, Encoder, Point
 from fastvlm.benchmark.record import facts, keep, load_average, route_of
 from fastvlm.benchmark.spread import summary
-from fastvlm.benchmark.subject import environment, folder_of, label, num_threads, start
-from fastvlm.benchmark.turns import Runner
+from fastvlm.benchmark.subject import check_here, environment, folder_of, label, num_threads, start
+from fastvlm.benchmark.turns import Runner, check_interpreter
 from fastvlm.checkpoint.load import load as load_checkpoint
 from fastvlm.errors import InputError
 from fastvlm.options import BenchPaperOptions
 
 RIVAL: Final = Path(__file__).with_name("rivals") / "encoders.py"
+MODULES: Final = ("torch", "timm")
+"""What its interpreter must have."""
 
 
 def run(options: BenchPaperOptions, *, command: Sequence[str], report: Callable[[str], None]) -> dict[str, Any]:
@@ -36,8 +38,11 @@ def run(options: BenchPaperOptions, *, command: Sequence[str], report: Callable[
 
     Raises:
         InputError: A program cannot be run.
+        DeviceError: A device, a format, a compiler or an engine is missing.
     """
     before, threads, loading = load_average(), num_threads(options.threads), options.loading
+    check_interpreter(options.rival_python, MODULES)
+    check_here(loading)
     model = LANGUAGE if loading.model is None else loading.model
     rows = []
     with tempfile.TemporaryDirectory(prefix="fastvlm-bench-") as name, ExitStack() as stack:

@@ -24,6 +24,7 @@ from fastvlm.benchmark.spread import summaries
 from fastvlm.benchmark.subject import (
     AFTER,
     BEFORE,
+    check_here,
     environment,
     folder_of,
     label,
@@ -32,7 +33,7 @@ from fastvlm.benchmark.subject import (
     start,
     write_task,
 )
-from fastvlm.benchmark.turns import Runner, interleave
+from fastvlm.benchmark.turns import TRANSFORMERS, Runner, check_interpreter, interleave
 from fastvlm.checkpoint.load import load as load_checkpoint
 from fastvlm.config import PRESETS
 from fastvlm.device import Placement, place
@@ -67,9 +68,14 @@ def run(options: BenchPeersOptions, *, command: Sequence[str], report: Callable[
 
     Raises:
         InputError: A program cannot be run, or does not compute what the others compute.
+        DeviceError: A device, a format, a compiler or an engine is missing.
     """
     before, threads = load_average(), num_threads(options.threads)
     placement = place(options.device, options.dtype)
+    if options.rival_python is not None:
+        check_interpreter(options.rival_python, TRANSFORMERS)
+    for route in options.route:
+        check_here(_loading(route, options, placement))
     with tempfile.TemporaryDirectory(prefix="fastvlm-bench-") as name, ExitStack() as stack:
         scratch = Path(name)
         folder = folder_of(options.model, scratch)
@@ -180,15 +186,20 @@ def _programs(
     return programs, missing
 
 
-def _ours(route: str, options: BenchPeersOptions, folder: Path, placement: Placement, threads: int) -> Program:
-    kind, _, other = route.partition(":")
+def _loading(route: str, options: BenchPeersOptions, placement: Placement) -> LoadOptions:
+    kind = route.partition(":")[0]
     loading = LoadOptions(device=str(placement.device), dtype=options.dtype)
     known = {entry.name for entry in fields(loading)}
     ways: dict[str, dict[str, Any]] = {"default": {}, "compile": {"compile": True}, "openvino": {"engine": "openvino"}}
     changes = {name: value for way in kind.split("+") for name, value in ways[way].items()}
     if not changes.keys() <= known:
         raise InputError(f"this version cannot load a model by the route {kind!r}; use default")
-    loading = replace(loading, **changes)
+    return replace(loading, **changes)
+
+
+def _ours(route: str, options: BenchPeersOptions, folder: Path, placement: Placement, threads: int) -> Program:
+    kind, _, other = route.partition(":")
+    loading = _loading(route, options, placement)
     name = f"fastvlm {kind}" + (f" {Path(other).name}" if other else "")
     path = Path(other) if other else folder
     tolerance = "quantised" if other else placement.dtype_name

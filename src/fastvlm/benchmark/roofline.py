@@ -13,7 +13,7 @@ from fastvlm.benchmark import ceilings, costs
 from fastvlm.benchmark.costs import BITS, Cost
 from fastvlm.benchmark.record import facts, keep, load_average, route_of
 from fastvlm.benchmark.spread import summary
-from fastvlm.benchmark.subject import folder_of, label, num_threads, side_of, start, write_task
+from fastvlm.benchmark.subject import check_here, folder_of, label, num_threads, side_of, start, write_task
 from fastvlm.checkpoint.load import load as load_checkpoint
 from fastvlm.config import Config
 from fastvlm.device import place
@@ -32,6 +32,7 @@ def run(options: BenchRooflineOptions, *, command: Sequence[str], report: Callab
         InputError: The program cannot be run, or a size does not fit the model.
     """
     before, threads, loading = load_average(), num_threads(options.threads), options.loading
+    check_here(loading)
     device = place(loading.device, loading.dtype).device
     limits = {}
     for count in ceilings.thread_counts(threads) if device.type == "cpu" else [threads]:

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from fastvlm.accelerate import check
 from fastvlm.benchmark.turns import Runner
 from fastvlm.checkpoint.create import init_checkpoint
 from fastvlm.checkpoint.zoo import resolve
+from fastvlm.device import place
 from fastvlm.errors import InputError
 from fastvlm.options import LoadOptions
 
@@ -41,6 +43,16 @@ def folder_of(model: str | None, scratch: Path, *, dtype: torch.dtype = torch.bf
     if model in RANDOM:
         return init_checkpoint(model, 0, scratch / model, dtype=dtype)
     return resolve("nano" if model is None else model)
+
+
+def check_here(loading: LoadOptions) -> None:
+    """Find out whether the route that a model is to be loaded by is here, before anything is written or measured.
+
+    Raises:
+        DeviceError: A device, a format, a compiler or an engine is missing.
+    """
+    placement = place(loading.device, loading.dtype)
+    check(placement, is_compiled=loading.compile, engine=loading.engine)
 
 
 def label(model: str | None) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from fastvlm.benchmark.record import facts, keep, load_average, route_of
 from fastvlm.benchmark.spread import summary
-from fastvlm.benchmark.subject import folder_of, label, num_threads, side_of, start
+from fastvlm.benchmark.subject import check_here, folder_of, label, num_threads, side_of, start
 from fastvlm.options import BenchThroughputOptions
 
 
@@ -25,6 +25,7 @@ def run(options: BenchThroughputOptions, *, command: Sequence[str], report: Call
         InputError: The program cannot be run, or a size does not fit the model.
     """
     before, threads, loading = load_average(), num_threads(options.threads), options.loading
+    check_here(loading)
     with (
         tempfile.TemporaryDirectory(prefix="fastvlm-bench-") as scratch,
         start("fastvlm", folder_of(loading.model, Path(scratch)), loading, threads) as ours,

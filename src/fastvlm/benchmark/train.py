@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastvlm.benchmark.record import facts, load_average, write_results
-from fastvlm.benchmark.turns import median, take_turns
+from fastvlm.benchmark.turns import TRANSFORMERS, check_interpreter, median, take_turns
 from fastvlm.checkpoint.create import init_checkpoint
 from fastvlm.checkpoint.load import load
 from fastvlm.checkpoint.zoo import resolve
@@ -43,6 +43,8 @@ def run(
         InputError: A program cannot be run, or the two do not compute the same loss.
     """
     before, device = load_average(), place(options.device, options.dtype).device
+    if options.rival_python is not None:
+        check_interpreter(options.rival_python, TRANSFORMERS)
     with tempfile.TemporaryDirectory(prefix="fastvlm-bench-") as scratch:
         folder = _folder(options, Path(scratch))
         batch = Path(scratch) / "batch.safetensors"

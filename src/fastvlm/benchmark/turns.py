@@ -8,9 +8,12 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from fastvlm.errors import InputError
+
+TRANSFORMERS: Final = ("torch", "safetensors", "timm", "transformers.models.fast_vlm")
+"""Modules of an interpreter that runs transformers' `fast_vlm`."""
 
 
 def take_turns(
@@ -60,6 +63,22 @@ def _reason(said: str) -> str:
     lines = said.strip().splitlines() or ["it printed no result"]
     named = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt): ", line)]
     return (named or lines)[-1]
+
+
+def check_interpreter(python: str, modules: Sequence[str]) -> None:
+    """Find out whether an interpreter can be run and has modules, before anything is measured.
+
+    Raises:
+        InputError: It cannot, or lacks one.
+    """
+    command = [python, "-c", f"import {', '.join(modules)}"]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise InputError(f"{python} cannot be run: {error.strerror or error}") from error
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise InputError(f"{python} cannot import {', '.join(modules)}: {said[:300]}")
 
 
 def median(rounds: Sequence[Mapping[str, Any]], key: str) -> float:

@@ -22,6 +22,7 @@ from fastvlm.options.checkpoint import (
 from fastvlm.options.data import DataAssetsOptions, DataCheckOptions, DataSynthOptions
 from fastvlm.options.export import EXPORT_FORMATS, ExportFormat, ExportOptions, Precision
 from fastvlm.options.measure import (
+    LENGTHS,
     ROUTES,
     BenchLatencyOptions,
     BenchPaperOptions,
@@ -38,6 +39,7 @@ __all__ = [
     "CAPTION_PROMPT",
     "EXPORT_FORMATS",
     "FRESH",
+    "LENGTHS",
     "ROUTES",
     "BenchLatencyOptions",
     "BenchPaperOptions",

@@ -140,6 +140,10 @@ class BenchTrainOptions:
             raise InputError("--learn lora is ours alone; leave --rival-python out")
 
 
+LENGTHS: Final = (64, 128, 256, 512, 1024, 2048, 4096)
+"""Prompt lengths that are measured by default."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchLatencyOptions:
     """Time each part of an answer: loading, a picture's file, encoding, reading the prompt, the first token, writing.
@@ -159,8 +163,9 @@ class BenchLatencyOptions:
     """How often everything is measured, behind once that is not counted."""
     sizes: tuple[int, ...] = (256, 384, 512, 768, 1024, 1280, 1536)
     """Sides for the cost against size; give it again for more."""
-    lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096)
-    """Prompt lengths for the cost against length; give it again for more."""
+    lengths: tuple[int, ...] = LENGTHS
+    """Prompt lengths for the cost against length; give it again for more. Of the default ones those are measured that
+    the model's context holds."""
     short: bool = False
     """Leave out the costs against size and length, and the whole command."""
     threads: int | None = None
