@@ -129,7 +129,8 @@ def matrix_flops_per_second(placement: Placement, seconds: float = 0.05) -> floa
     """Measure how fast the device multiplies two large matrices: what other speeds are compared with."""
     side = 8192 if placement.device.type == "cuda" else 1024
     # random numbers: of equal ones a GPU that is at its limit of power multiplies more a second
-    left = torch.randn(side, side, device=placement.device).to(placement.dtype)
+    generator = torch.Generator(placement.device).manual_seed(0)  # its own: training goes on with the one of all
+    left = torch.randn(side, side, generator=generator, device=placement.device).to(placement.dtype)
     torch.mm(left, left)  # the first one loads the library
     synchronize(placement.device)
     best, ends = float("inf"), time.perf_counter() + seconds

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastvlm.device import flush_denormals, has_fast_bfloat16, is_flushing_denormals, place
+from fastvlm.device import flush_denormals, has_fast_bfloat16, is_flushing_denormals, matrix_flops_per_second, place
 from fastvlm.errors import DeviceError
 
 
@@ -50,3 +50,11 @@ def test_small_numbers_are_zero_inside_and_as_before_behind(was_flushing):
 def test_what_is_not_here_is_refused(device, dtype):
     with pytest.raises(DeviceError):
         place(device, dtype)
+
+
+def test_measuring_the_device_leaves_the_random_numbers_of_others_as_they_were():
+    before = torch.get_rng_state()
+
+    assert matrix_flops_per_second(place("cpu", "float32"), seconds=0.0) > 0
+
+    assert torch.equal(torch.get_rng_state(), before)
