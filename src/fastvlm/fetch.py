@@ -163,6 +163,7 @@ class _Partial:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             validator = json.loads(notes.read_text(encoding="utf-8"))["validator"]
             self.validator = validator if isinstance(validator, str) and validator.isprintable() else None
+        self.num_restarts = 0
         self.hash = hashlib.sha256()
         self.count = 0
         if not self.can_resume:
@@ -183,6 +184,7 @@ class _Partial:
         return self.total is not None and self.count == self.total
 
     def restart(self) -> None:
+        self.num_restarts += 1
         self.file.seek(0)
         self.file.truncate()
         self.hash = hashlib.sha256()
@@ -210,11 +212,13 @@ def _fill(partial: _Partial, job: _Job, progress: Callable[[int, int | None], No
     """Ask, and ask again for the rest, until the file is whole."""
     attempt, start, most = 0, partial.count, partial.count
     while not (partial.is_complete and partial.count):
+        num_restarts = partial.num_restarts
         try:
             _fill_once(partial, job, progress)
             return
         except _TryAgainError as error:
-            attempt = attempt + 1 if partial.count <= most else 1
+            is_further = partial.count > most and partial.num_restarts == num_restarts  # else it could go on for ever
+            attempt = 1 if is_further else attempt + 1
             most = max(most, partial.count)
             is_dead = isinstance(error, _NoConnectionError) and most == start
             if is_dead or attempt >= _ATTEMPTS or job.deadline.is_over:

@@ -141,6 +141,10 @@ class Handler(BaseHTTPRequestHandler):
         first = len(self.server.requests) == 1
         self.ranged(cut=100_000 if first else None, etag='"one"' if first else '"two"')
 
+    def answer_creeping(self, _):
+        count = len(self.server.requests)
+        self.ranged(cut=1000 + count, status=200, etag=f'"{count}"')  # a byte more each time, of another file
+
     def answer_busy(self, _):
         if len(self.server.requests) < 3:
             return self.answer(503)
@@ -480,6 +484,14 @@ def test_a_server_that_always_cuts_at_once_is_given_up(server, tmp_path):
         download(server.url + "/cut", tmp_path / "x", options=FAST)
 
     assert 2 < len(server.requests) < 10
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_server_that_begins_anew_each_time_is_given_up(server, tmp_path):
+    with pytest.raises(DownloadError):
+        download(server.url + "/creeping", tmp_path / "x", options=FAST)
+
+    assert len(server.requests) == 6
     assert not (tmp_path / "x").exists()
 
 
