@@ -472,8 +472,12 @@ def _open_source(source: str | Path | bytes | BinaryIO, label: str) -> Iterator[
     elif isinstance(source, str | Path):
         with _open_file(source, label) as file:
             yield file
-    else:
+    elif hasattr(source, "read"):
         yield _seekable(source, label)
+    else:
+        raise InputError(
+            f"{label}: expected a path, bytes, an open file or a picture of Pillow, got {type(source).__name__}"
+        )
 
 
 def _open_file(path: str | Path, label: str) -> BinaryIO:
@@ -483,7 +487,9 @@ def _open_file(path: str | Path, label: str) -> BinaryIO:
             raise InputError(f"{label}: is a folder, expected a picture")
         number = os.open(path, flags)  # without waiting: a pipe nobody writes to would hold us for ever
     except FileNotFoundError as error:
-        raise InputError(f"{label}: no such file") from error
+        is_address = str(path).lower().startswith(("http://", "https://"))
+        hint = "; an address must be fetched first (fastvlm.fetch.read_url gives its bytes)" if is_address else ""
+        raise InputError(f"{label}: no such file{hint}") from error
     except PermissionError as error:
         raise InputError(f"{label}: permission denied") from error
     except OSError as error:

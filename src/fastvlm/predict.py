@@ -338,6 +338,8 @@ class Chat:
             InputError: A picture cannot be used; the conversation is as it was.
             ContextError: The conversation does not fit the context; it is as it was.
         """
+        if isinstance(images, str | bytes | bytearray | memoryview) or not isinstance(images, Sequence):
+            raise InputError(f"images must be a list of pictures, got one {type(images).__name__}; write images=[...]")
         return AnswerStream(self._turn(prompt, images))
 
     @torch.inference_mode()

@@ -56,6 +56,8 @@ class Message:
         """Refuse what the template has no place for."""
         if self.role not in ("system", "user", "assistant"):
             raise InputError(f"a message has the role {self.role!r}; expected system, user or assistant")
+        if strange := [type(part).__name__ for part in self.content if not isinstance(part, Part)]:
+            raise InputError(f"a message of the {self.role} holds {strange[0]}; expected text (str)")
         if self.role != "user" and self.num_images:
             raise InputError(f"a message of the {self.role} holds a picture; only the user's may")
 

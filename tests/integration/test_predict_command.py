@@ -247,6 +247,15 @@ def test_nano_introduces_itself_only_where_nobody_asked_for_it(predict, flag):
     assert "nano answers" not in predict(*args, model="nano")[1]
 
 
+def test_nano_introduces_itself_before_an_empty_answer_too(predict):
+    whole = predict("--prompt", "Hello", model=None)[0]
+
+    out, err = predict("--prompt", "Hello", "--stop", whole[0], model=None)
+
+    assert out == "\n"
+    assert err.startswith("fastvlm: nano answers")
+
+
 def test_apple_s_script_is_understood(tiny, photo):
     line = ["--model-path", tiny, "--image-file", photo, "--prompt", "What?", "--conv-mode", "qwen_2"]
     ours = ["--model", tiny, "--image", photo, "--prompt", "What?"]

@@ -66,6 +66,14 @@ def test_a_header_that_lies_is_refused(lie, tmp_path):
     assert str(path) in str(error.value)
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1000\n")
+
+    with pytest.raises(CheckpointError, match="a pointer of Git LFS, not the weights; run `git lfs pull`"):
+        read_header(path)
+
+
 def test_a_file_of_seven_bytes_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"1234567")
 

@@ -43,6 +43,10 @@ def test_options_are_frozen_and_named(kind):
         {"num_beams": 0},
         {"num_beams": 2, "temperature": 0.5},
         {"stop": ("",)},
+        {"stop": "car"},
+        {"stop": (1,)},
+        {"seed": 1.5},
+        {"seed": "5"},
     ],
 )
 def test_generation_options_refuse_what_is_out_of_range(values):
@@ -50,7 +54,20 @@ def test_generation_options_refuse_what_is_out_of_range(values):
         options.GenerationOptions(**values)
 
 
-@pytest.mark.parametrize("values", [{"image_size": 0}, {"image_size": 99_999}, {"max_pixels": 0}, {"fit": "zoom"}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"image_size": 0},
+        {"image_size": 99_999},
+        {"image_size": 128.0},
+        {"image_size": "512"},
+        {"max_pixels": 0},
+        {"max_pixels": "many"},
+        {"fit": "zoom"},
+        {"exif": "turn"},
+        {"alpha": "black"},
+    ],
+)
 def test_image_options_refuse_what_is_out_of_range(values):
     with pytest.raises(InputError):
         options.ImageOptions(**values)

@@ -67,6 +67,31 @@ def test_a_picture_is_the_same_as_path_bytes_and_image(predictor, name, rules, t
             torch.testing.assert_close(predictor.pixels(source, options), expected, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("images", [str(PHOTO), PHOTO, PHOTO.read_bytes(), None])
+def test_what_is_no_list_of_pictures_is_refused(predictor, images):
+    with pytest.raises(InputError, match="images must be a list of pictures, got one "):
+        predictor.ask("What is this?", images)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((4, 4, 3), np.uint8), "expected a path, bytes, an open file or a picture of Pillow, got ndarray"),
+        (None, "got NoneType"),
+        ("https://example.com/cat.jpg", "an address must be fetched first"),
+    ],
+)
+def test_what_is_no_picture_is_named(predictor, image, words):
+    with pytest.raises(InputError, match=words):
+        predictor.ask("What is this?", [image])
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"Hello"])
+def test_a_question_that_is_no_text_is_refused(predictor, prompt):
+    with pytest.raises(InputError, match=f"holds {type(prompt).__name__}; expected text"):
+        predictor.ask(prompt)
+
+
 def test_an_image_with_too_many_pixels_is_refused_too(predictor):
     with pytest.raises(InputError, match="more than the limit of 50"):
         predictor.pixels(Image.new("RGB", (10, 10)), ImageOptions(max_pixels=50))

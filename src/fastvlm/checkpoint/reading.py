@@ -96,7 +96,12 @@ def read_header(path: Path) -> dict[str, Stored]:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start == b"version ":
+                raise CheckpointError(
+                    f"{path}: a pointer of Git LFS, not the weights; run `git lfs pull`, or download the file itself"
+                )
+            length = int.from_bytes(start, "little")
             if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(
                     f"{path}: the header should take {length} bytes, the file has {size}; is the download complete?"

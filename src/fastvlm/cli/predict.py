@@ -43,11 +43,11 @@ def run(options: PredictOptions, output: Output) -> None:
         fields = asdict(_with_fetching(stream.finish(), sources.fetch_ms))
         output.json({name: value for name, value in fields.items() if name not in ("num_drafted", "num_accepted")})
         return
-    is_introduced = options.quiet or options.loading.model is not None
+    first = next(stream, "")  # before anything is said: what goes wrong is to be the only line
+    if not options.quiet and options.loading.model is None:
+        output.note(INTRODUCTION)
+    output.write(first)
     for piece in stream:
-        if not is_introduced:  # not before: what goes wrong is to be the only line
-            output.note(INTRODUCTION)
-            is_introduced = True
         output.write(piece)
     output.line()
     if not options.quiet:

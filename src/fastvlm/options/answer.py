@@ -1,7 +1,8 @@
 """What one answer is: how a model is loaded, pictures are read, words are chosen."""
 
+import sys
 from dataclasses import dataclass, field
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, get_args
 
 from tyro.conf import arg
 
@@ -10,7 +11,13 @@ from fastvlm.errors import InputError
 
 Engine = Literal["torch", "openvino"]
 """What runs the vision encoder."""
+Exif = Literal["apply", "ignore"]
+Alpha = Literal["drop", "white"]
 SEEDS: Final = (-(2**63), 2**63 - 1)
+
+
+def _is_whole(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +76,10 @@ class GenerationOptions:
                 raise InputError(f"{name} must be {whole}between {low} and {high}, got {value!r}")
         if 0 < self.temperature < 1e-3:
             raise InputError(f"temperature must be 0 or at least 0.001, got {self.temperature!r}")
-        if self.seed is not None and not SEEDS[0] <= self.seed <= SEEDS[1]:
-            raise InputError(f"seed must be between {SEEDS[0]} and {SEEDS[1]}, got {self.seed}")
+        if self.seed is not None and not _is_whole(self.seed, *SEEDS):
+            raise InputError(f"seed must be a whole number between {SEEDS[0]} and {SEEDS[1]}, got {self.seed!r}")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
+            raise InputError(f"stop must be a list of texts, got {self.stop!r}")
         if "" in self.stop:
             raise InputError("a stop string is empty; give at least one character")
         if self.num_beams > 1 and self.temperature > 0:
@@ -92,9 +101,9 @@ class ImageOptions:
     """Side in pixels, a multiple of 64: fewer are faster (512 px are 64 tokens); by default what the model says."""
     fit: Fit | None = None
     """pad (black bars), crop (centre) or stretch; by default what the model's preprocessor says."""
-    exif: Literal["apply", "ignore"] = "apply"
+    exif: Exif = "apply"
     """Turn photos as their EXIF says, or ignore it as Apple's predict.py does."""
-    alpha: Literal["drop", "white"] = "drop"
+    alpha: Alpha = "drop"
     """Drop transparency as Apple does, or put the picture on white."""
     max_pixels: int = 100_000_000
     """Refuse pictures with more pixels than this."""
@@ -105,12 +114,15 @@ class ImageOptions:
         Raises:
             InputError: A value is out of its range.
         """
-        if self.image_size is not None and not 1 <= self.image_size <= 16_384:
-            raise InputError(f"image_size must be between 1 and 16384, got {self.image_size}")
-        if self.max_pixels < 1:
-            raise InputError(f"max_pixels must be 1 or more, got {self.max_pixels}")
+        if self.image_size is not None and not _is_whole(self.image_size, 1, 16_384):
+            raise InputError(f"image_size must be a whole number between 1 and 16384, got {self.image_size!r}")
+        if not _is_whole(self.max_pixels, 1, sys.maxsize):
+            raise InputError(f"max_pixels must be a whole number of 1 or more, got {self.max_pixels!r}")
         if self.fit not in (None, *FITS):
             raise InputError(f"fit must be one of {', '.join(FITS)}, got {self.fit!r}")
+        for name, known in (("exif", get_args(Exif)), ("alpha", get_args(Alpha))):
+            if (value := getattr(self, name)) not in known:
+                raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
