@@ -472,12 +472,8 @@ def _open_source(source: str | Path | bytes | BinaryIO, label: str) -> Iterator[
     elif isinstance(source, str | Path):
         with _open_file(source, label) as file:
             yield file
-    elif hasattr(source, "read"):
-        yield _seekable(source, label)
     else:
-        raise InputError(
-            f"{label}: expected a path, bytes, an open file or a picture of Pillow, got {type(source).__name__}"
-        )
+        yield _seekable(source, label)
 
 
 def _open_file(path: str | Path, label: str) -> BinaryIO:
@@ -487,8 +483,7 @@ def _open_file(path: str | Path, label: str) -> BinaryIO:
             raise InputError(f"{label}: is a folder, expected a picture")
         number = os.open(path, flags)  # without waiting: a pipe nobody writes to would hold us for ever
     except FileNotFoundError as error:
-        is_address = str(path).lower().startswith(("http://", "https://"))
-        hint = "; an address must be fetched first (fastvlm.fetch.read_url gives its bytes)" if is_address else ""
+        hint = "; fastvlm.fetch.read_url gives the bytes of an address" if "://" in str(path) else ""
         raise InputError(f"{label}: no such file{hint}") from error
     except PermissionError as error:
         raise InputError(f"{label}: permission denied") from error
@@ -504,6 +499,8 @@ def _open_file(path: str | Path, label: str) -> BinaryIO:
 
 
 def _seekable(stream: BinaryIO, label: str) -> BinaryIO:
+    if not hasattr(stream, "read"):
+        raise InputError(f"{label}: expected a path, bytes, a file or a Pillow image, got {type(stream).__name__}")
     with _decoding(label):
         if stream.seekable():
             stream.seek(0)

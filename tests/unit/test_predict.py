@@ -76,9 +76,9 @@ def test_what_is_no_list_of_pictures_is_refused(predictor, images):
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (np.zeros((4, 4, 3), np.uint8), "expected a path, bytes, an open file or a picture of Pillow, got ndarray"),
+        (np.zeros((4, 4, 3), np.uint8), "expected a path, bytes, a file or a Pillow image, got ndarray"),
         (None, "got NoneType"),
-        ("https://example.com/cat.jpg", "an address must be fetched first"),
+        ("https://example.com/cat.jpg", "fastvlm.fetch.read_url gives the bytes of an address"),
     ],
 )
 def test_what_is_no_picture_is_named(predictor, image, words):
