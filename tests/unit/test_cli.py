@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -321,3 +322,23 @@ def test_help_about_a_verb_may_be_asked_either_way(capsys, args):
 
     assert status == 0
     assert "--image" in out
+
+
+@pytest.mark.skipif(not hasattr(os, "getloadavg"), reason="this system does not tell how busy it is")
+@pytest.mark.parametrize(
+    ("load", "given", "expected"),
+    [
+        (1000.0, {}, "1000"),
+        (0.0, {}, None),
+        (1000.0, {"GOMP_SPINCOUNT": "7"}, "7"),
+        (1000.0, {"OMP_WAIT_POLICY": "active"}, None),
+    ],
+)
+def test_waiting_threads_sleep_soon_where_the_machine_is_busy(capsys, monkeypatch, load, given, expected):
+    environment = {name: os.environ[name] for name in os.environ.keys() - {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}}
+    monkeypatch.setattr(os, "environ", environment | given)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+
+    assert run(capsys, "models", "list")[0] == 0
+
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
