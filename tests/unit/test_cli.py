@@ -328,8 +328,8 @@ def test_help_about_a_verb_may_be_asked_either_way(capsys, args):
 @pytest.mark.parametrize(
     ("load", "given", "expected"),
     [
-        (1.0, {}, "1000"),
-        (0.1, {}, None),
+        (1000.0, {}, "1000"),
+        (0.0, {}, None),
         (1000.0, {"GOMP_SPINCOUNT": "7"}, "7"),
         (1000.0, {"OMP_WAIT_POLICY": "active"}, None),
     ],

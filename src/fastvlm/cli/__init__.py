@@ -143,7 +143,7 @@ def _wait_politely() -> None:
     if not hasattr(os, "getloadavg") or "OMP_WAIT_POLICY" in os.environ:
         return
     with contextlib.suppress(OSError):  # not known in some containers
-        if os.getloadavg()[0] > 0.5:  # one other program is enough: our threads want every core
+        if os.getloadavg()[0] > (os.cpu_count() or 1):
             os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
