@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fastvlm.checkpoint import load, save
 from fastvlm.errors import InputError
 from fastvlm.evaluate.agree import agree, render_agreement
 from fastvlm.options import EvalOptions, QuantizeOptions
@@ -30,6 +31,18 @@ def test_differences_are_listed_with_their_margins(tiny, real_assets, tmp_path):
         assert each.reference != each.answer
         assert each.margin >= each.lead >= 0
     assert f"{found.num_equal} of 5 answers equal" in render_agreement(found)
+
+
+def test_a_model_with_another_encoder_is_asked_with_its_own(tiny, real_assets, tmp_path):
+    changed = load(tiny)
+    for stage in changed.model.vision.stages:
+        for block in stage.blocks:
+            block.mlp.fc2.weight.data *= -30
+    other = save(changed.model, changed.tokenizer, tmp_path / "other")
+
+    found = agree(EvalOptions(model=str(other), against=str(tiny), **FEW))
+
+    assert found.num_equal < 5, "the same language model is shown something else"
 
 
 def test_what_only_marking_has_is_refused(tiny):

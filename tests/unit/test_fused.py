@@ -53,7 +53,7 @@ def test_sizes_may_come_in_any_order(folded, dtype):
 
 @pytest.mark.parametrize("dtype", [BFLOAT16])
 def test_fused_bfloat16_is_no_further_from_float32_than_unfused(folded, dtype):
-    pixels = torch.rand(1, 3, 256, 256)
+    pixels = torch.rand(4, 3, 256, 256)  # several, for one picture's distances vary by a tenth
     plain = copy.deepcopy(folded).to(dtype).to(memory_format=torch.channels_last)
 
     with torch.inference_mode():
