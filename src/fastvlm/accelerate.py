@@ -8,12 +8,14 @@ from torch import Tensor
 from fastvlm.device import Placement
 from fastvlm.errors import DeviceError
 from fastvlm.model import fold, fused, gpu_graphs, gpu_vision, halves, packed, quantized_cpu
+from fastvlm.model.byte_conv import can_multiply_bytes
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.gpu_language import GraphedQwen2
 from fastvlm.model.gpu_vision import GraphedVision
 from fastvlm.model.native import NativeQwen2, can_compile
 from fastvlm.model.openvino import OpenVinoVision, find_openvino
 from fastvlm.model.packed import forget_nothing
+from fastvlm.model.quantize import QuantizedConv, quantized_layers, use_floats
 from fastvlm.native.build import library
 from fastvlm.options import Engine
 
@@ -63,6 +65,10 @@ def accelerate(
     kernels = gpu_graphs.kernels() if is_compiled and placement.is_cuda else None
     if takes_halves(placement, is_compiled=is_compiled):
         halves.halve(model.language, forget)
+    convs = [layer for layer in quantized_layers(model.vision).values() if isinstance(layer, QuantizedConv)]
+    can_use_bytes = engine == "torch" and can_multiply_bytes(placement.device, placement.dtype)
+    if not (can_use_bytes and all(conv.is_centred for conv in convs)):
+        use_floats(model.vision)
     fold.for_inference(model).to(placement.device, placement.dtype)
     if placement.dtype == torch.float16:  # the encoder's activations exceed 65,504 at 1024 pixels
         model.vision.float()

@@ -27,8 +27,9 @@ def vision_config(parts: Parts, *, image_size: int, fit: Fit) -> VisionConfig:
     for stage, block in (pair for pair in blocks if len(pair) == 2 and _is_block(parts, *pair)):
         counts[stage] = max(counts.get(stage, 0), int(block) + 1)
     stages = range(max(len(counts), 2))
-    fc2 = [parts.shape(f"vision.stages.{i}.blocks.0.mlp.fc2.weight") for i in stages]
-    if any(len(shape) != 4 for shape in fc2):
+    layers = [f"vision.stages.{i}.blocks.0.mlp.fc2" for i in stages]
+    fc2 = [parts.matrix_shape(layer) for layer in layers]
+    if any(len(shape) != 4 and layer not in parts.packings for layer, shape in zip(layers, fc2, strict=True)):
         raise CheckpointError(f"{parts.origin}: fc2 of a ConvFFN is not a convolution; is this FastViTHD?")
     has_attention = [f"vision.stages.{i}.blocks.0.token_mixer.qkv.weight" in parts.sources for i in stages]
     head = "vision.head.proj"
@@ -156,7 +157,8 @@ def norm_tensors(module: nn.Module) -> set[str]:
 
 
 def _check_packings(module: nn.Module, parts: Parts) -> None:
-    layers = {name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Embedding)}
+    kinds = nn.Linear | nn.Embedding | nn.Conv2d
+    layers = {name for name, layer in module.named_modules() if isinstance(layer, kinds)}
     if strange := [name for name in parts.packings if name not in layers]:
         stored_name = parts.sources[f"{strange[0]}.weight"].stored_name
         raise CheckpointError(f"{parts.origin}: unexpected {stored_name!r}; does config.json belong to these weights?")

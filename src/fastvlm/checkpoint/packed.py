@@ -3,6 +3,7 @@
 `config.json` says under `quantization` how many bits and how large a group; a layer may have its own.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -20,6 +21,7 @@ SETTINGS: Final = ("quantization", "quantization_config")  # the same under both
 _MODE: Final = "affine"
 _READ_BITS: Final = (2, 3, 4, 5, 6, 8)
 _ENDINGS: Final = (".scales", ".biases")
+_FFN: Final = re.compile(r"vision\.stages\.\d+\.blocks\.\d+\.mlp\.fc[12]\.weight")
 
 Dequantise = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """Words, scales, biases and bits to floats."""
@@ -49,7 +51,8 @@ def translate_packed(  # noqa: PLR0913  (what differs between layouts)
         rename: A stored name to ours.
         dequantise: Makes floats of a matrix that is not kept.
         plain: The source of a tensor that is not quantised, from its stored name and ours.
-        keep_packed: Leave matrices of the language model in 4 and 8 bits as they are; others become floats.
+        keep_packed: Leave matrices of the language model in 4 and 8 bits as they are, and 1 x 1 convolutions of the
+            encoder's ConvFFNs in rows of 8; others become floats.
 
     Raises:
         CheckpointError: The quantisation is of a kind that is not read.
@@ -97,7 +100,8 @@ def _put_quantised(  # noqa: PLR0913  (a tensor, its names, its format, what bec
         found = weights.entries[base + ending].shape
         if found != groups:
             raise CheckpointError(f"{weights.origin}: {base + ending!r} is {found}, expected {groups}")
-    if keep_packed and bits in BITS and name.startswith("language."):
+    is_conv = _FFN.fullmatch(name) is not None
+    if keep_packed and ((bits in BITS and name.startswith("language.")) or (is_conv and packing == Packing(8, ROW))):
         layer = name.removesuffix(".weight")
         parts.packings[layer] = packing
         parts.put(name, _bytes(weights, stored_name, (shape[0], shape[1] * 4)))
@@ -105,12 +109,15 @@ def _put_quantised(  # noqa: PLR0913  (a tensor, its names, its format, what bec
             parts.put(layer + ending, plain_source(weights, base + ending))
         return
 
+    floats_shape = (shape[0], width, 1, 1) if is_conv else (shape[0], width)
+
     def read() -> Tensor:
-        return dequantise(
+        floats = dequantise(
             weights.read(stored_name), weights.read(f"{base}.scales"), weights.read(f"{base}.biases"), bits
         )
+        return floats.view(floats_shape)
 
-    parts.put(name, Source(stored_name, (shape[0], width), read, lambda: weights.forget(stored_name)))
+    parts.put(name, Source(stored_name, floats_shape, read, lambda: weights.forget(stored_name)))
 
 
 def _bytes(weights: Weights, stored_name: str, shape: tuple[int, int]) -> Source:

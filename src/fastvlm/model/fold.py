@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvlm.model.fastvlm import FastVLM
+from fastvlm.model.quantize import QuantizedConv
 from fastvlm.model.vision import (
     Attention,
     AttentionBlock,
@@ -171,8 +172,10 @@ def _merge_position(block: PositionalEncoding) -> None:
     block.pos_enc = None
 
 
-def _scale_conv(conv: nn.Conv2d, scale: nn.Module) -> None:
+def _scale_conv(conv: nn.Conv2d | QuantizedConv, scale: nn.Module) -> None:
     assert isinstance(scale, LayerScale)
+    if isinstance(conv, QuantizedConv):
+        return conv.multiply(scale.gamma.flatten())
     assert conv.bias is not None
     gamma = scale.gamma.double().flatten()
     conv.weight.copy_(conv.weight.double() * gamma[:, None, None, None])

@@ -1,7 +1,7 @@
-"""Weight-only quantisation: matrices of 4- or 8-bit numbers in the place of the language model's linear layers.
+"""Matrices of 4- or 8-bit numbers in the place of the language model's linear layers and of 1 x 1 convolutions.
 
 A weight is `number x scale + bias`, one scale and one bias for each group of neighbouring inputs in a row (MLX's affine
-groups, `mlx.core.quantize`). Activations stay floating point.
+groups, `mlx.core.quantize`). Activations stay floating point; `byte_conv.py` rounds those of convolutions.
 
 Letters: `N` outputs, `K` inputs, `g` groups of a row, `T` tokens, `D` width of language, `V` vocabulary.
 """
@@ -18,7 +18,8 @@ BITS: Final = (4, 8)
 GROUP_SIZES: Final = (32, 64, 128)
 ROW: Final = -1
 """As a group's size: a whole row is one group."""
-_ZERO: Final = 128  # the number that stands for 0 in rows of 8 bits
+ZERO: Final = 128
+"""The number that stands for 0 in rows of 8 bits."""
 _SHRINK: Final = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's range
 _SMALLEST_SCALE: Final = 1e-6
 
@@ -99,8 +100,8 @@ def choose_scales(groups: Tensor, packing: Packing, dtype: torch.dtype, importan
     `importance` `(g, K / g)` weighs the squared errors.
     """
     if packing == Packing(8, ROW):
-        scales = _scale(groups.abs().amax(-1) / (_ZERO - 1), dtype)
-        return scales, scales * -_ZERO  # exact: a power of two
+        scales = _scale(groups.abs().amax(-1) / (ZERO - 1), dtype)
+        return scales, scales * -ZERO  # exact: a power of two
     low, high = groups.amin(-1), groups.amax(-1)
     best = torch.full_like(low, torch.inf)
     scales = biases = torch.zeros_like(low, dtype=dtype)
@@ -174,6 +175,53 @@ class QuantizedLinear(_Quantized):
         return F.linear(x, self.floats(x.dtype), self.bias)
 
 
+class QuantizedConv(_Quantized):
+    """A 1 x 1 convolution whose matrix is quantised.
+
+    Attributes:
+        weight: As `QuantizedLinear`, `(C', C * bits / 8)`.
+        scales: `(C', g)`.
+        biases: `(C', g)`.
+        bias: Added to the outputs, `(C',)`, or None.
+        bits: 4 or 8.
+        group_size: Inputs that share a scale; `ROW` (-1) for all of a row.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, packing: Packing, *, bias: bool) -> None:
+        """Make room for a matrix `(out_channels, in_channels)` that `packing` fits."""
+        super().__init__(out_channels, in_channels, packing)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(P, C, h, w)` to `(P, C', h, w)`."""
+        return F.conv2d(x, self.floats(x.dtype)[..., None, None], self.bias)
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether rows have one scale and the number 128 stands for 0, as `quantise` chooses for `Packing(8, ROW)`."""
+        return self.packing == Packing(8, ROW) and torch.equal(self.biases, self.scales * -ZERO)
+
+    def multiply(self, factors: Tensor) -> None:
+        """Scale each output with one of `factors` `(C',)`, in place."""
+        scales = (self.scales.double() * factors.double()[:, None]).to(self.scales.dtype)
+        if self.is_centred:
+            self.biases = scales * -ZERO
+        else:
+            self.biases = (self.biases.double() * factors.double()[:, None]).to(self.biases.dtype)
+        self.scales = scales
+        if self.bias is not None:
+            self.bias.copy_(self.bias.double() * factors.double())
+
+    def as_floats(self) -> nn.Conv2d:
+        """The convolution in floats, of the dtype of the bias or else of the scales."""
+        dtype = self.scales.dtype if self.bias is None else self.bias.dtype
+        conv = nn.Conv2d(self.in_channels, self.out_channels, 1, bias=False, device="meta")
+        conv.weight = nn.Parameter(self.floats(dtype)[..., None, None])
+        conv.register_parameter("bias", self.bias)
+        return conv.train(self.training)
+
+
 class QuantizedEmbedding(_Quantized):
     """An embedding table whose rows are quantised; of a tied model, also the head.
 
@@ -201,7 +249,7 @@ class QuantizedEmbedding(_Quantized):
         return F.linear(hidden, self.floats(hidden.dtype))
 
 
-Quantized = QuantizedLinear | QuantizedEmbedding
+Quantized = QuantizedLinear | QuantizedConv | QuantizedEmbedding
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Quantized]:
@@ -210,7 +258,7 @@ def quantized_layers(model: nn.Module) -> dict[str, Quantized]:
 
 
 def replace_layers(model: nn.Module, packings: Mapping[str, Packing]) -> None:
-    """Put quantised layers without numbers, on the same device, where linear layers and embeddings are; by name.
+    """Put quantised layers without numbers, on the same device, where linear layers, convolutions, embeddings are.
 
     The caller has seen to it that the names are there and that each packing fits.
     """
@@ -221,8 +269,20 @@ def replace_layers(model: nn.Module, packings: Mapping[str, Packing]) -> None:
             new: Quantized
             if isinstance(layer, nn.Embedding):
                 new = QuantizedEmbedding(layer.num_embeddings, layer.embedding_dim, packing)
+            elif isinstance(layer, nn.Conv2d):
+                new = QuantizedConv(layer.in_channels, layer.out_channels, packing, bias=layer.bias is not None)
+                assert layer.bias is None or isinstance(layer.bias, nn.Parameter)
+                new.bias = layer.bias
             else:
                 assert isinstance(layer, nn.Linear)
                 new = QuantizedLinear(layer.in_features, layer.out_features, packing, bias=layer.bias is not None)
                 new.bias = layer.bias
         setattr(model.get_submodule(parent), own, new)
+
+
+def use_floats(model: nn.Module) -> None:
+    """Exchange the quantised convolutions of a model for ones in floats, in place."""
+    for name, layer in quantized_layers(model).items():
+        if isinstance(layer, QuantizedConv):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, layer.as_floats())

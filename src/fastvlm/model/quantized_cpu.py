@@ -21,6 +21,8 @@ from fastvlm.model.quantize import (
     GROUP_SIZES,
     ROW,
     Packing,
+    Quantized,
+    QuantizedConv,
     QuantizedEmbedding,
     QuantizedLinear,
     quantized_layers,
@@ -35,7 +37,7 @@ _SIGN: Final = -128  # flips uint8 around 128 to int8 around 0
 
 
 def prepare(model: nn.Module, forget: Callable[[Tensor], None] = forget_nothing) -> None:
-    """Rearrange the quantised layers of a model on the CPU in place; they can no longer be saved.
+    """Rearrange the quantised layers of a language model on the CPU in place; they can no longer be saved.
 
     What no kernel takes stays as it is: correct, and slow. `forget` is called with numbers that were copied.
     """
@@ -48,9 +50,9 @@ def prepare(model: nn.Module, forget: Callable[[Tensor], None] = forget_nothing)
             setattr(model.get_submodule(parent), own, new)
 
 
-def _prepared(layer: QuantizedLinear | QuantizedEmbedding) -> nn.Module | None:
+def _prepared(layer: Quantized) -> nn.Module | None:
     num_columns = layer.shape[1]
-    if isinstance(layer, Int8Embedding | BagEmbedding):
+    if isinstance(layer, Int8Embedding | BagEmbedding | QuantizedConv):
         return None
     if can_bag(layer):
         return BagEmbedding(layer) if isinstance(layer, QuantizedEmbedding) else BagLinear(layer)

@@ -87,7 +87,7 @@ class ConvertOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
-    """Write a copy of a model whose language model has 8 or 4 bits a weight; encoder and projector stay as they are."""
+    """Write a copy of a model whose language model has 8 or 4 bits a weight, and its encoder perhaps 8."""
 
     model: Annotated[str, arg(aliases=("--model-path",))]
     """Short name, or a checkpoint folder in any layout we read; it is left as it is."""
@@ -95,6 +95,9 @@ class QuantizeOptions:
     """The folder to write."""
     bits: Literal[8, 4] = 8
     """Of each weight; the embedding table, the head, and attention's values and outputs always have 8."""
+    encoder_bits: Literal[8] | None = None
+    """Of the two wide layers in each block of the encoder, nine tenths of its work; always to the nearest number. On a
+    CPU that multiplies bytes their activations become bytes, too, in float32. By default the encoder stays as it is."""
     group_size: Literal[32, 64, 128] | None = None
     """Inputs that share a scale; by default a whole row for 8 bits and 32 for 4."""
     rounding: Literal["nearest", "gptq"] | None = None

@@ -85,7 +85,7 @@ def round_nearest(model: nn.Module, packings: Mapping[str, Packing]) -> None:
     for name, packing in packings.items():
         matrix = model.get_submodule(name).weight
         assert isinstance(matrix, Tensor)
-        put(model, name, packing, quantise(matrix, packing, matrix.dtype))
+        put(model, name, packing, quantise(matrix.flatten(1), packing, matrix.dtype))
 
 
 def put(model: nn.Module, name: str, packing: Packing, parts: tuple[Tensor, Tensor, Tensor]) -> None:

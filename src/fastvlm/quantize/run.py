@@ -16,6 +16,7 @@ from fastvlm.device import flush_denormals, place
 from fastvlm.errors import InputError
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.quantize import ROW, Packing, quantized_layers
+from fastvlm.model.vision import ConvFFN
 from fastvlm.options import ImageOptions, QuantizeOptions
 from fastvlm.predict import Predictor
 from fastvlm.prompt import Message, Tokenizer, assistant, tokenize, user
@@ -34,7 +35,7 @@ _CHECKED: Final = 8  # more pictures, on which logits are compared
 
 
 def quantize(options: QuantizeOptions, say: Say = lambda line: None) -> Path:
-    """Write a checkpoint folder whose language model is quantised, and `quantization.json`: how, and what it cost.
+    """Write a folder with a quantised language model, perhaps encoder, and `quantization.json`: how, and what it cost.
 
     Raises:
         CheckpointError: The model cannot be read, or the folder not written.
@@ -48,12 +49,13 @@ def quantize(options: QuantizeOptions, say: Say = lambda line: None) -> Path:
     if quantized_layers(model):
         raise InputError(f"{folder} is quantised already; name the model that it was made from")
     packings = choose_packings(model, bits=options.bits, group_size=options.group_size)
+    encoder = encoder_packings(model) if options.encoder_bits else {}
     rounding = options.rounding or ("nearest" if options.bits == 8 else "gptq")
     report: dict[str, Any] = {
         "bits": options.bits,
         "matrices": packings_summary(packings),
         "rounding": rounding,
-        "float_bytes": sum(tensor.nbytes for tensor in model.language.state_dict().values()),
+        "float_bytes": _num_bytes(model.language),
     }
     layers = {name.removeprefix("language."): each for name, each in packings.items() if ".layers." in name}
     if rounding == "gptq":
@@ -70,8 +72,12 @@ def quantize(options: QuantizeOptions, say: Say = lambda line: None) -> Path:
     else:
         round_nearest(model, packings)
     report |= _divergence(before, [_logits(model, each) for each in held_back])
-    report["quantised_bytes"] = sum(tensor.nbytes for tensor in model.language.state_dict().values())
-    extra = _notes(checkpoint, packings) | {REPORT: (json.dumps(report, indent=2) + "\n").encode()}
+    report["quantised_bytes"] = _num_bytes(model.language)
+    if encoder:
+        report["encoder"] = {"matrices": packings_summary(encoder), "float_bytes": _num_bytes(model.vision)}
+        round_nearest(model, encoder)
+        report["encoder"]["quantised_bytes"] = _num_bytes(model.vision)
+    extra = _notes(checkpoint, packings, encoder) | {REPORT: (json.dumps(report, indent=2) + "\n").encode()}
     save(model, checkpoint.tokenizer, options.out, extra=extra, overwrite=options.overwrite)
     return Path(options.out)
 
@@ -96,6 +102,27 @@ def choose_packings(model: FastVLM, *, bits: int, group_size: int | None) -> dic
     if not packings:
         raise InputError("no matrix of the language model has a width that is a multiple of 4; keep the model as it is")
     return packings
+
+
+def encoder_packings(model: FastVLM) -> dict[str, Packing]:
+    """How the 1 x 1 convolutions of the encoder's ConvFFNs are kept, by the layer's name: rows of 8 bits.
+
+    Raises:
+        InputError: One has a width that cannot be packed.
+    """
+    packing = Packing(8, ROW)
+    packings: dict[str, Packing] = {}
+    for name, module in model.vision.named_modules():
+        if isinstance(module, ConvFFN):
+            if not packing.fits(module.fc1.in_channels):
+                width = module.fc1.in_channels
+                raise InputError(f"vision.{name} has {width} channels; 8 bits take a multiple of 4: leave them out")
+            packings |= {f"vision.{name}.{layer}": packing for layer in ("fc1", "fc2")}
+    return packings
+
+
+def _num_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in module.state_dict().values())
 
 
 def packings_summary(packings: dict[str, Packing]) -> dict[str, int]:
@@ -163,10 +190,12 @@ def _divergence(before: list[Tensor], after: list[Tensor]) -> dict[str, float]:
     }
 
 
-def _notes(checkpoint: Checkpoint, packings: dict[str, Packing]) -> dict[str, bytes]:
+def _notes(checkpoint: Checkpoint, packings: dict[str, Packing], encoder: dict[str, Packing]) -> dict[str, bytes]:
     """The source's licences, and what was changed."""
     kinds = sorted({packing.bits for packing in packings.values()})
     line = f"- {len(packings)} matrices of the language model quantised to {' and '.join(map(str, kinds))} bits.\n"
+    if encoder:
+        line += f"- {len(encoder)} matrices of the encoder quantised to 8 bits.\n"
     before = checkpoint.licences.get(CHANGES, b"").decode(errors="replace")
     text = f"{before}# Changes made by fastvlm to {checkpoint.path.name}\n\n{line}"
     return checkpoint.licences | {CHANGES: text.encode()}
