@@ -135,7 +135,7 @@ class FusedFFN(nn.Module):
 class ByteFFN(nn.Module):
     """A ConvFFN whose 1 x 1 convolutions multiply bytes, and the skip around it.
 
-    Positions of a picture go through in the order of their largest activation, those of alike size with one scale: on
+    Positions of a picture go through in the order of their norm, those of alike size with one scale: on
     an empty background activations are ten times smaller than beside an edge, and would lose three of their bits.
     """
 
@@ -150,12 +150,12 @@ class ByteFFN(nn.Module):
         mixed = self.conv(x).permute(0, 2, 3, 1).flatten(1, 2)  # (P, N, C), free of copies when x is channels_last
         total = x.permute(0, 2, 3, 1).flatten(1, 2)
         for rows, given in zip(total, mixed, strict=True):
-            order = torch.linalg.vector_norm(given, torch.inf, dim=1).argsort()
+            order = torch.linalg.vector_norm(given, dim=1).argsort()
             size = min(max(math.ceil(len(rows) / _SIZES), _FEWEST), STRIP)
-            given, summed = given[order], rows[order]
+            given, summed = given.index_select(0, order), rows.index_select(0, order)
             for strip, part in zip(summed.split(size), given.split(size), strict=True):
                 self.fc2.add_to(strip, self.fc1(part))
-            rows[order] = summed
+            torch.index_select(summed, 0, order.argsort(), out=rows)
         return total.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 
