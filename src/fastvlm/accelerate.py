@@ -1,5 +1,6 @@
 """Which operators a loaded model runs in: the default ones, compiled kernels, or another engine for a part of it."""
 
+import ctypes
 from collections.abc import Callable
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from fastvlm.device import Placement
 from fastvlm.errors import DeviceError
 from fastvlm.model import fold, fused, gpu_graphs, gpu_vision, halves, packed, quantized_cpu
-from fastvlm.model.byte_conv import can_multiply_bytes
+from fastvlm.model.byte_ffn import can_multiply_bytes
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.gpu_language import GraphedQwen2
 from fastvlm.model.gpu_vision import GraphedVision
@@ -65,9 +66,8 @@ def accelerate(
     kernels = gpu_graphs.kernels() if is_compiled and placement.is_cuda else None
     if takes_halves(placement, is_compiled=is_compiled):
         halves.halve(model.language, forget)
-    convs = [layer for layer in quantized_layers(model.vision).values() if isinstance(layer, QuantizedConv)]
-    can_use_bytes = engine == "torch" and can_multiply_bytes(placement.device, placement.dtype)
-    if not (can_use_bytes and all(conv.is_centred for conv in convs)):
+    compiled = library() if is_compiled and placement.device.type == "cpu" else None
+    if not _takes_bytes(model, placement, compiled, engine):
         use_floats(model.vision)
     fold.for_inference(model).to(placement.device, placement.dtype)
     if placement.dtype == torch.float16:  # the encoder's activations exceed 65,504 at 1024 pixels
@@ -79,13 +79,25 @@ def accelerate(
     elif placement.is_cuda:
         model.add_module("vision", GraphedVision(gpu_vision.fuse(model.vision, kernels)))
     elif fused.can_fuse(model.vision):
-        fused.fuse(model.vision)
+        fused.fuse(model.vision, compiled)
     if placement.is_cuda:
         model.add_module("language", GraphedQwen2(model.language, kernels))
-    elif is_compiled and can_compile(model.language):
-        model.add_module("language", NativeQwen2(model.language, library(), torch.get_num_threads()))
+    elif compiled is not None and can_compile(model.language):
+        model.add_module("language", NativeQwen2(model.language, compiled, torch.get_num_threads()))
     elif placement.device.type == "cpu":
         quantized_cpu.prepare(model, forget)
         if packed.can_pack(model.language):
             packed.pack(model.language, forget)
     return model
+
+
+def _takes_bytes(model: FastVLM, placement: Placement, compiled: ctypes.CDLL | None, engine: Engine) -> bool:
+    """Whether kernels multiply the bytes of a quantised encoder."""
+    convs = [layer for layer in quantized_layers(model.vision).values() if isinstance(layer, QuantizedConv)]
+    return (
+        compiled is not None
+        and can_multiply_bytes(compiled)
+        and engine == "torch"
+        and placement.dtype == torch.float32
+        and all(conv.is_centred for conv in convs)
+    )

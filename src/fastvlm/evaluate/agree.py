@@ -80,7 +80,7 @@ def agree(options: EvalOptions, report: Report = lambda task, done, total: None)
     if options.output and not Path(options.output).absolute().parent.is_dir():
         raise InputError(f"--output {options.output}: there is no such folder to write to")
     reference = load(options.against, device=options.device, dtype="float32")
-    other = load(options.model, device=options.device, dtype=options.dtype)
+    other = load(options.model, device=options.device, dtype=options.dtype, compile=options.compile)
     sees_alike = _sees_alike(reference, other, options)
     first = options.seed * BLOCK
     wanted = [(tasks[i % len(tasks)].name, first + i // len(tasks)) for i in range(options.num_samples)]

@@ -57,7 +57,7 @@ def run(options: EvalOptions, report: Callable[[Progress], None] | None = None) 
     assets = Path(options.assets) if options.assets else default_folder()
     read_assets(assets)  # so that missing assets are said here and not by a worker process
     _prepare(options)
-    predictor = load(options.model, device=options.device, dtype=options.dtype)
+    predictor = load(options.model, device=options.device, dtype=options.dtype, compile=options.compile)
     start = time.perf_counter()
     answered: dict[str, list[Answered]] = {task.name: [] for task in tasks}
     seconds = dict.fromkeys(answered, 0.0)

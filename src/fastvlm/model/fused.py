@@ -7,6 +7,7 @@ every call.
 Letters: `P` images, `h, w` feature grid, `N = h * w`, `C` channels.
 """
 
+import ctypes
 import math
 from typing import Final
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvlm.model.byte_conv import ByteConv
+from fastvlm.model.byte_ffn import ByteFFN
 from fastvlm.model.quantize import QuantizedConv
 from fastvlm.model.vision import (
     Attention,
@@ -33,8 +34,6 @@ from fastvlm.model.vision import (
 _DTYPES: Final = (torch.float32, torch.bfloat16)
 STRIP: Final = 4096
 """Positions of a map that pass through a hidden layer together: its four times as many channels stay in the cache."""
-_SIZES: Final = 8  # of activations that a picture's positions are sorted by, each with a scale of its own
-_FEWEST: Final = 128  # positions with a scale of their own
 
 
 def can_fuse(vision: FastViTHD) -> bool:
@@ -50,12 +49,17 @@ def can_fuse(vision: FastViTHD) -> bool:
 
 
 @torch.no_grad()
-def fuse(vision: FastViTHD) -> FastViTHD:
-    """Exchange the blocks of a folded encoder on the CPU for fused ones, in place; see `can_fuse`."""
+def fuse(vision: FastViTHD, library: ctypes.CDLL | None = None) -> FastViTHD:
+    """Exchange the blocks of a folded encoder on the CPU for fused ones, in place; see `can_fuse`.
+
+    Args:
+        vision: The encoder.
+        library: What `fastvlm.native.build.library` returns: needed where ConvFFNs are quantised.
+    """
     for index, module in enumerate(vision.stem):
         vision.stem[index] = _mobile_one(module)
     for stage in vision.stages:
-        _fuse_stage(stage)
+        _fuse_stage(stage, library)
     vision.add_module("final_conv", _mobile_one(vision.final_conv))
     return vision
 
@@ -132,31 +136,16 @@ class FusedFFN(nn.Module):
         return out
 
 
-class ByteFFN(nn.Module):
-    """A ConvFFN whose 1 x 1 convolutions multiply bytes, and the skip around it.
+class QuantizedFFN(nn.Module):
+    """A ConvFFN whose 1 x 1 convolutions multiply bytes, and the skip around it."""
 
-    Positions of a picture go through in the order of their norm, those of alike size with one scale: on
-    an empty background activations are ten times smaller than beside an edge, and would lose three of their bits.
-    """
-
-    def __init__(self, conv: nn.Module, fc1: QuantizedConv, fc2: QuantizedConv) -> None:
+    def __init__(self, conv: nn.Module, fc1: QuantizedConv, fc2: QuantizedConv, library: ctypes.CDLL) -> None:
         super().__init__()
-        self.conv = FusedConv(conv)
-        self.fc1 = ByteConv(fc1, STRIP, has_gelu=True)
-        self.fc2 = ByteConv(fc2, STRIP)
+        self.conv, self.wide = FusedConv(conv), ByteFFN(fc1, fc2, library)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(P, C, h, w)`, which is lost, to the same."""
-        mixed = self.conv(x).permute(0, 2, 3, 1).flatten(1, 2)  # (P, N, C), free of copies when x is channels_last
-        total = x.permute(0, 2, 3, 1).flatten(1, 2)
-        for rows, given in zip(total, mixed, strict=True):
-            order = torch.linalg.vector_norm(given, dim=1).argsort()
-            size = min(max(math.ceil(len(rows) / _SIZES), _FEWEST), STRIP)
-            given, summed = given.index_select(0, order), rows.index_select(0, order)
-            for strip, part in zip(summed.split(size), given.split(size), strict=True):
-                self.fc2.add_to(strip, self.fc1(part))
-            torch.index_select(summed, 0, order.argsort(), out=rows)
-        return total.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+        return self.wide.add_to(x, self.conv(x))
 
 
 class FusedLinear(nn.Module):
@@ -187,9 +176,9 @@ class FusedLinear(nn.Module):
 class FusedAttentionBlock(nn.Module):
     """A block of the attention stages."""
 
-    def __init__(self, block: AttentionBlock) -> None:
+    def __init__(self, block: AttentionBlock, library: ctypes.CDLL | None) -> None:
         super().__init__()
-        self.norm, self.ffn = block.norm, _ffn(block.mlp)
+        self.norm, self.ffn = block.norm, _ffn(block.mlp, library)
         attention: Attention = block.token_mixer
         self.head_dim = attention.head_dim
         self.qkv, self.proj = FusedLinear(attention.qkv, 256), FusedLinear(attention.proj, 256)
@@ -205,7 +194,7 @@ class FusedAttentionBlock(nn.Module):
         return self.ffn(rows.view(num_images, height, width, dim).permute(0, 3, 1, 2))
 
 
-def _fuse_stage(stage: nn.Module) -> None:
+def _fuse_stage(stage: nn.Module, library: ctypes.CDLL | None) -> None:
     assert isinstance(stage, Stage)
     if not isinstance(stage.downsample, nn.Identity):
         assert isinstance(stage.downsample, Downsample)
@@ -217,15 +206,16 @@ def _fuse_stage(stage: nn.Module) -> None:
     for index, block in enumerate(stage.blocks):
         if isinstance(block, RepMixerBlock):
             assert isinstance(block.token_mixer, RepMixer)
-            stage.blocks[index] = nn.Sequential(_fused(block.token_mixer.reparam_conv), _ffn(block.mlp))
+            stage.blocks[index] = nn.Sequential(_fused(block.token_mixer.reparam_conv), _ffn(block.mlp, library))
         else:
             assert isinstance(block, AttentionBlock)
-            stage.blocks[index] = FusedAttentionBlock(block)
+            stage.blocks[index] = FusedAttentionBlock(block, library)
 
 
-def _ffn(ffn: ConvFFN) -> FusedFFN | ByteFFN:
+def _ffn(ffn: ConvFFN, library: ctypes.CDLL | None) -> FusedFFN | QuantizedFFN:
     if isinstance(ffn.fc1, QuantizedConv) and isinstance(ffn.fc2, QuantizedConv):
-        return ByteFFN(ffn.conv, ffn.fc1, ffn.fc2)
+        assert library is not None
+        return QuantizedFFN(ffn.conv, ffn.fc1, ffn.fc2, library)
     return FusedFFN(ffn)
 
 

@@ -14,8 +14,8 @@ from fastvlm.device import cpu_flags
 from fastvlm.errors import DeviceError
 from fastvlm.folders import user_cache
 
-SOURCE: Final = Path(__file__).with_name("language.cpp")
-_INCLUDED: Final = SOURCE.with_name("matrix.h")
+_SOURCES: Final = tuple(Path(__file__).with_name(name) for name in ("language.cpp", "encoder.cpp"))
+_INCLUDED: Final = Path(__file__).with_name("matrix.h")
 _COMPILERS: Final = ("c++", "g++", "clang++")
 _FLAGS: Final = (
     "-O3",
@@ -47,7 +47,7 @@ def library(folder: Path | None = None) -> ctypes.CDLL:
         folder = user_cache() / "native" if folder is None else folder
     except RuntimeError as error:
         raise DeviceError("compiled kernels: this user has no home to keep them in; leave --compile out") from error
-    path = folder / f"language-{_fingerprint(compiler, flags)}.so"
+    path = folder / f"kernels-{_fingerprint(compiler, flags)}.so"
     try:
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -82,13 +82,14 @@ def _fingerprint(compiler: str, flags: list[str]) -> str:
     """What decides the library: source, compiler, flags, processor, and this package's idea of the system."""
     told = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     facts = [told, *flags, platform.platform(), *sorted(cpu_flags())]
-    return hashlib.sha256("\n".join(facts).encode() + SOURCE.read_bytes() + _INCLUDED.read_bytes()).hexdigest()[:16]
+    code = b"".join(path.read_bytes() for path in (*_SOURCES, _INCLUDED))
+    return hashlib.sha256("\n".join(facts).encode() + code).hexdigest()[:16]
 
 
 def _build(compiler: str, flags: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         built = Path(scratch) / path.name
-        command = [compiler, *flags, os.fspath(SOURCE), "-o", os.fspath(built)]
+        command = [compiler, *flags, *map(os.fspath, _SOURCES), "-o", os.fspath(built)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode or not built.is_file():
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()

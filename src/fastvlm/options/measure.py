@@ -44,6 +44,8 @@ class EvalOptions:
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: str = "auto"
     """Format of the arithmetic: auto, float32 or bfloat16."""
+    compile: bool = False
+    """Answer with compiled kernels, as `predict --compile` does."""
     quiet: bool = False
     """No progress lines."""
 

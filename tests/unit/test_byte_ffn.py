@@ -15,32 +15,53 @@ from fastvlm.checkpoint.load import load_encoder
 from fastvlm.checkpoint.zoo import resolve
 from fastvlm.config import PRESETS
 from fastvlm.device import Placement
-from fastvlm.errors import InputError
-from fastvlm.model import byte_conv, fold
-from fastvlm.model.byte_conv import ByteConv, can_multiply_bytes
+from fastvlm.errors import DeviceError, InputError
+from fastvlm.model import fold
+from fastvlm.model.byte_ffn import ByteFFN, can_multiply_bytes
 from fastvlm.model.fastvlm import FastVLM
-from fastvlm.model.fused import STRIP, ByteFFN, FusedFFN
+from fastvlm.model.fused import FusedFFN, QuantizedFFN
 from fastvlm.model.quantize import ROW, Packing, QuantizedConv, quantise, quantized_layers, use_floats
+from fastvlm.native.build import find_compiler, library
 from fastvlm.options import QuantizeOptions
 from fastvlm.quantize.run import encoder_packings, quantize
 
 ON_CPU = Placement(device=torch.device("cpu"), dtype=torch.float32)
-needs_bytes = pytest.mark.skipif(
-    not can_multiply_bytes(ON_CPU.device, ON_CPU.dtype), reason="this processor multiplies no bytes"
-)
 
 
-def conv_of(matrix):
+def has_bytes():
+    try:
+        find_compiler()
+    except DeviceError:
+        return False
+    return can_multiply_bytes(library())
+
+
+needs_bytes = pytest.mark.skipif(not has_bytes(), reason="no compiler, or a processor that multiplies no bytes")
+
+
+def conv_of(matrix, bias=None):
     packing = Packing(8, ROW)
     conv = QuantizedConv(matrix.shape[1], matrix.shape[0], packing, bias=True)
     conv.weight, conv.scales, conv.biases = quantise(matrix, packing, torch.float32)
-    conv.bias = nn.Parameter(torch.randn(len(matrix)), requires_grad=False)
+    conv.bias = nn.Parameter(torch.randn(len(matrix)) if bias is None else bias, requires_grad=False)
     return conv
 
 
-def in_floats(conv, x, *, has_gelu=False):
-    product = F.linear(x, conv.floats(torch.float32), conv.bias)
-    return F.gelu(product) if has_gelu else product
+def wide(dim, hidden):
+    """A pair of layers whose outputs are about as large as the inputs."""
+    return conv_of(torch.randn(hidden, dim) / dim**0.5), conv_of(torch.randn(dim, hidden) / hidden**0.5)
+
+
+def in_floats(fc1, fc2, x):
+    """(P, C, h, w) in float64."""
+    weights = [conv.floats(torch.float32).double()[..., None, None] for conv in (fc1, fc2)]
+    hidden = F.gelu(F.conv2d(x.double(), weights[0], fc1.bias.double()))
+    return F.conv2d(hidden, weights[1], fc2.bias.double())
+
+
+def in_bytes(fc1, fc2, x):
+    x = x.to(memory_format=torch.channels_last)
+    return ByteFFN(fc1, fc2, library()).add_to(torch.zeros_like(x), x)
 
 
 def distance(found, expected):
@@ -54,62 +75,94 @@ def folder(tmp_path_factory):
 
 
 @needs_bytes
-@pytest.mark.parametrize("low", [0, -3, -100, -254])
 @torch.inference_mode()
-def test_whole_numbers_are_multiplied_exactly(low):
-    """Weights and activations that are bytes already: what is left of the error is the rounding of float32."""
-    matrix = torch.randint(-127, 128, (48, 64)).float()
-    matrix[:, 0] = 127  # so that every scale is 1
-    conv, x = conv_of(matrix), torch.randint(low, low + 255, (100, 64)).float()
-    x[0, 0], x[0, 1] = low, low + 254
+def test_whole_numbers_are_multiplied_exactly():
+    """Weights and activations that are bytes already, and values where GELU is the identity: float32 remains."""
+    numbers = torch.randint(-127, 128, (48, 16)).float()
+    numbers[:, 0] = 127  # so that every scale is 1
+    fc1, fc2 = conv_of(numbers, bias=torch.full((48,), 1e6)), conv_of(torch.eye(16, 48) * 127, bias=torch.zeros(16))
+    x = torch.randint(0, 256, (1, 16, 5, 7)).float()
+    x[:, 0], x[:, 1] = 0, 255
 
-    found = ByteConv(conv, 100)(x.clone())
+    found = in_bytes(fc1, fc2, x)
 
-    assert_close(found, in_floats(conv, x), rtol=1e-6, atol=1e-2)
+    expected = in_floats(fc1, fc2, x)
+    assert (found - expected).abs().max() < (expected.max() / 255)  # one step of the hidden layer's bytes
+    assert found.unique().numel() > 10
 
 
 @needs_bytes
-@pytest.mark.parametrize("has_gelu", [False, True])
-@pytest.mark.parametrize("shape", [(32, 128, 9), (96, 384, 300), (384, 96, 1), (512, 2048, 64)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(32, 128, 3, 3), (96, 384, 20, 15), (36, 100, 1, 1), (512, 2048, 8, 8), (192, 768, 13, 4)], ids=str
+)
 @torch.inference_mode()
-def test_a_convolution_in_bytes_computes_nearly_what_its_floats_compute(shape, has_gelu):
-    num_inputs, num_outputs, num_positions = shape
-    conv, x = conv_of(torch.randn(num_outputs, num_inputs)), torch.randn(num_positions, num_inputs) * 30 + 5
-    expected = in_floats(conv, x, has_gelu=has_gelu)
+def test_wide_layers_in_bytes_compute_nearly_what_their_floats_compute(shape):
+    dim, hidden, height, width = shape
+    layers, x = wide(dim, hidden), torch.randn(2, dim, height, width) * 3 + 1
 
-    found = ByteConv(conv, STRIP, has_gelu=has_gelu)(x.clone())
+    found = in_bytes(*layers, x)
 
-    assert 0 < distance(found, expected) < 0.02
+    assert 0 < distance(found, in_floats(*layers, x)) < 0.012
+
+
+@needs_bytes
+@torch.inference_mode()
+def test_a_position_whose_activations_are_small_loses_no_more_than_others():
+    layers, x = wide(96, 384), torch.randn(1, 96, 30, 30)
+    x[..., 10:] /= 1000
+    layers[0].bias *= 1e-3
+    layers[1].bias *= 1e-3
+
+    found, expected = in_bytes(*layers, x), in_floats(*layers, x)
+
+    assert distance(found[..., 10:], expected[..., 10:]) < 0.012
 
 
 @needs_bytes
 @torch.inference_mode()
 def test_what_is_added_to_a_skip_is_what_is_computed_without():
-    layer, x, skip = ByteConv(conv_of(torch.randn(96, 384)), STRIP), torch.randn(300, 384), torch.randn(300, 96)
+    layers = wide(96, 384)
+    x, skip = (torch.randn(1, 96, 10, 30).to(memory_format=torch.channels_last) for _ in range(2))
     total = skip.clone()
 
-    layer.add_to(total, x.clone())
+    found = ByteFFN(*layers, library()).add_to(total, x)
 
-    assert_close(total, skip + layer(x.clone()), rtol=1e-5, atol=1e-4)
+    assert_close(found, skip + in_bytes(*layers, x), rtol=1e-5, atol=1e-5)
 
 
 @needs_bytes
 @pytest.mark.parametrize("value", [0.0, 7.0, -7.0, 1e-30])
 @torch.inference_mode()
 def test_positions_that_are_all_equal_are_no_exception(value):
-    conv, x = conv_of(torch.randn(32, 32)), torch.full((5, 32), value)
+    layers, x = wide(32, 64), torch.full((1, 32, 1, 5), value)
 
-    assert_close(ByteConv(conv, 5)(x.clone()), in_floats(conv, x), rtol=0.01, atol=0.01 * (1 + abs(value)))
+    assert_close(in_bytes(*layers, x), in_floats(*layers, x).float(), rtol=0.02, atol=0.02 * (1 + abs(value)))
 
 
 @needs_bytes
 @pytest.mark.parametrize("damage", [torch.nan, torch.inf, -torch.inf])
 @torch.inference_mode()
-def test_a_number_that_is_none_is_not_hidden(damage):
-    x = torch.randn(5, 32)
-    x[3, 3] = damage
+def test_a_number_that_is_none_is_not_hidden_and_stays_where_it_is(damage):
+    x = torch.randn(1, 32, 5, 20)
+    x[0, 3, 2, 7] = damage
 
-    assert ByteConv(conv_of(torch.randn(32, 32)), 5)(x).isnan().any()
+    found = in_bytes(*wide(32, 64), x)
+
+    assert found[0, :, 2, 7].isnan().all()
+    assert found.isnan().sum() == 32
+
+
+@needs_bytes
+@torch.inference_mode()
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_the_number_of_threads_and_whose_they_are_changes_nothing(num_threads, monkeypatch):
+    layers, x = wide(96, 384), torch.randn(1, 96, 40, 30).to(memory_format=torch.channels_last)
+    expected = in_bytes(*layers, x)
+    ffn = ByteFFN(*layers, library())
+    monkeypatch.setattr(ffn, "_parallel", None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+
+    assert torch.equal(ffn.add_to(torch.zeros_like(x), x), expected)
 
 
 @needs_bytes
@@ -117,14 +170,14 @@ def test_a_number_that_is_none_is_not_hidden(damage):
 @torch.inference_mode()
 def test_features_of_nano_in_bytes_are_near_those_in_floats(folder, size):
     exact, rounded = (
-        accelerate(checkpoint.load(each, dtype=torch.float32).model, ON_CPU).vision
+        accelerate(checkpoint.load(each, dtype=torch.float32).model, ON_CPU, is_compiled=True).vision
         for each in (resolve("nano"), folder)
     )
     pixels = torch.rand(size).to(memory_format=torch.channels_last)
 
     expected, found = exact(pixels), rounded(pixels)
 
-    assert sum(isinstance(module, ByteFFN) for module in rounded.modules()) == 10
+    assert sum(isinstance(module, QuantizedFFN) for module in rounded.modules()) == 10
     assert 0 < distance(found, expected) < 0.05
     assert F.cosine_similarity(found, expected, dim=-1).mean() > 0.999
 
@@ -132,7 +185,7 @@ def test_features_of_nano_in_bytes_are_near_those_in_floats(folder, size):
 @needs_bytes
 @torch.inference_mode()
 def test_a_picture_of_a_batch_has_the_features_that_it_has_alone(folder):
-    vision = accelerate(checkpoint.load(folder, dtype=torch.float32).model, ON_CPU).vision
+    vision = accelerate(checkpoint.load(folder, dtype=torch.float32).model, ON_CPU, is_compiled=True).vision
     pixels = torch.stack([torch.rand(3, 384, 384), torch.rand(3, 384, 384) / 50])
     pixels = pixels.to(memory_format=torch.channels_last)
     kept = pixels.clone()
@@ -144,33 +197,32 @@ def test_a_picture_of_a_batch_has_the_features_that_it_has_alone(folder):
     assert torch.equal(pixels, kept)
 
 
-@pytest.mark.parametrize("why", ["no VNNI", "bfloat16", "openvino"])
+@pytest.mark.parametrize("why", ["not compiled", "bfloat16", "openvino"])
 @torch.inference_mode()
-def test_where_bytes_gain_nothing_the_encoder_is_what_its_floats_are(folder, why, monkeypatch):
+def test_where_bytes_are_not_multiplied_the_encoder_is_what_its_floats_are(folder, why):
     if why == "openvino":
         pytest.importorskip("openvino")
-    monkeypatch.setattr(byte_conv, "cpu_flags", lambda: {"avx2"} if why == "no VNNI" else {"avx512_vnni"})
     placement = Placement(device=torch.device("cpu"), dtype=torch.bfloat16 if why == "bfloat16" else torch.float32)
-    engine = "openvino" if why == "openvino" else "torch"
     model, floats = (checkpoint.load(folder, dtype=placement.dtype).model for _ in range(2))
     use_floats(floats.vision)
     pixels = torch.rand(1, 3, 128, 128).to(placement.dtype).to(memory_format=torch.channels_last)
 
-    found = accelerate(model, placement, engine=engine).vision
+    is_compiled = why == "bfloat16" and has_bytes()
+    found = accelerate(model, placement, is_compiled=is_compiled, engine="openvino" if why == "openvino" else "torch")
     expected = accelerate(floats, placement).vision
 
-    assert not quantized_layers(found)
-    assert not any(isinstance(module, ByteFFN) for module in found.modules())
-    assert distance(found(pixels), expected(pixels)) < 1e-4
+    assert not quantized_layers(found.vision)
+    assert not any(isinstance(module, QuantizedFFN) for module in found.modules())
+    assert distance(found.vision(pixels), expected(pixels)) < 1e-4
 
 
 def test_numbers_whose_zero_lies_elsewhere_become_floats(folder):
     model = checkpoint.load(folder, dtype=torch.float32).model
     model.vision.stages[0].blocks[0].mlp.fc1.biases += 1e-3
 
-    vision = accelerate(model, ON_CPU).vision
+    vision = accelerate(model, ON_CPU, is_compiled=has_bytes()).vision
 
-    assert not any(isinstance(module, ByteFFN) for module in vision.modules())
+    assert not any(isinstance(module, QuantizedFFN) for module in vision.modules())
     assert sum(isinstance(module, FusedFFN) for module in vision.modules()) in (0, 10)
 
 

@@ -1,0 +1,111 @@
+"""A ConvFFN of the encoder whose wide layers multiply bytes, by the library of `fastvlm.native`, on a CPU.
+
+Weights are whole numbers from -127 to 127 with a scale an output (`quantize.Packing(8, ROW)`); activations become whole
+numbers from 0 to 255 with a scale and a zero for each position, taken from its own range. Sums are exact; bias, GELU
+and skip are applied in float32.
+
+Letters: `P` images, `h, w` feature grid, `C` channels, `N` outputs and `K` inputs of a layer.
+"""
+
+import ctypes
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastvlm.model.quantize import ZERO, QuantizedConv
+
+_PANEL: Final = 32  # outputs that the kernel computes together, as in native/encoder.cpp
+_TERMS: Final = 13  # of the polynomial
+_END: Final = 5.0  # of what it stands for: beyond, GELU is 0 or the identity to 1.4e-6
+_POINTS: Final = 4096
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "scales", "sums", "bias")),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+    ]
+
+
+class _Gelu(ctypes.Structure):
+    _fields_ = [("end", ctypes.c_float), ("terms", ctypes.c_float * _TERMS)]
+
+
+def can_multiply_bytes(library: ctypes.CDLL) -> bool:
+    """Whether the library was built for a processor that multiplies bytes (AVX512-VNNI)."""
+    return bool(library.fastvlm_multiplies_bytes())
+
+
+class ByteFFN(nn.Module):
+    """The two wide layers of a ConvFFN and the skip around them."""
+
+    def __init__(self, fc1: QuantizedConv, fc2: QuantizedConv, library: ctypes.CDLL) -> None:
+        """Lay out the weights as the kernel reads them; see `QuantizedConv.is_centred`."""
+        super().__init__()
+        self.fc1, self.fc2 = _ByteLayer(fc1), _ByteLayer(fc2)
+        self._library, self._gelu, self._parallel = library, _gelu(), _openmp()
+
+    def add_to(self, skip: Tensor, x: Tensor) -> Tensor:
+        """Add what becomes of `x` to `skip`, both `(P, C, h, w)` in float32, the channels last in memory; return it."""
+        given, total = x.permute(0, 2, 3, 1).contiguous(), skip.permute(0, 2, 3, 1).contiguous()
+        assert given.dtype == total.dtype == torch.float32
+        self._library.fastvlm_ffn(
+            self._parallel,
+            ctypes.c_int32(torch.get_num_threads()),
+            ctypes.byref(self.fc1.described()),
+            ctypes.byref(self.fc2.described()),
+            ctypes.byref(self._gelu),
+            ctypes.c_void_p(given.data_ptr()),
+            ctypes.c_void_p(total.data_ptr()),
+            ctypes.c_int64(given.shape[:3].numel()),
+        )
+        return total.permute(0, 3, 1, 2)
+
+
+class _ByteLayer(nn.Module):
+    """What the kernel reads of a layer."""
+
+    weight: Tensor
+    scales: Tensor
+    sums: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: QuantizedConv) -> None:
+        super().__init__()
+        assert conv.bias is not None
+        self.num_inputs, self.num_outputs = conv.in_channels, conv.out_channels
+        more = -conv.out_channels % _PANEL
+        numbers = F.pad((conv.weight.to(torch.int16) - ZERO).to(torch.int8), (0, 0, 0, more))  # (N, K)
+        panels = numbers.view(-1, _PANEL, conv.in_channels // 4, 4).transpose(1, 2).contiguous()
+        self.register_buffer("weight", panels, persistent=False)
+        self.register_buffer("scales", F.pad(conv.scales.flatten().float(), (0, more)), persistent=False)
+        self.register_buffer("sums", numbers.float().sum(1), persistent=False)
+        self.register_buffer("bias", F.pad(conv.bias.detach().float(), (0, more)), persistent=False)
+
+    def described(self) -> _Layer:
+        """Where it lies now."""
+        names = ("weight", "scales", "sums", "bias")
+        where = {name: self.get_buffer(name).data_ptr() for name in names}
+        return _Layer(**where, inputs=self.num_inputs, outputs=self.num_outputs)
+
+
+def _gelu() -> _Gelu:
+    """GELU is relu(x) - t Phi(-t), t = |x|: the latter as a polynomial, to 7e-6, in place of an error function."""
+    at = np.cos((np.arange(_POINTS) + 0.5) * np.pi / _POINTS)
+    size = torch.from_numpy((at + 1) / 2 * _END)
+    wanted = (size * torch.special.ndtr(-size)).numpy()
+    fitted = np.polynomial.chebyshev.Chebyshev.fit(at, wanted, _TERMS - 1, domain=[-1, 1])
+    terms = fitted.convert(kind=np.polynomial.Polynomial, domain=[-1, 1], window=[-1, 1]).coef
+    return _Gelu(_END, (ctypes.c_float * _TERMS)(*terms[::-1]))
+
+
+def _openmp() -> ctypes.c_void_p | None:
+    """How PyTorch's own threads are called upon; where that is not found, the kernel starts threads of its own."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
+    except (AttributeError, OSError, TypeError):
+        return None
