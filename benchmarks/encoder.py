@@ -5,8 +5,8 @@
 Both folders hold the same model, the second made by `fastvlm quantize --encoder-bits 8`; pictures have the side that
 the model sees. Computed in float32 with `--compile`. What counts is the median of the pictures after one that is not
 counted, with as many threads as PyTorch takes; the peak of memory is that of a process of its own that loads the model
-and encodes one picture. Writes `results/encoder-MODEL-MACHINE.json`. `fastvlm data assets` fetches what pictures are drawn
-with.
+and encodes one picture. Writes `results/encoder-MODEL-MACHINE.json`. `fastvlm data assets` fetches what pictures are
+drawn with.
 """
 
 import json
@@ -83,7 +83,10 @@ def main() -> None:
         found = compare(folders)
     found["peak_mib"] = {"floats": peak_mib(folders[0]), "encoder_8_bits": peak_mib(folders[1])}
     names = [Path(folder).name for folder in folders]
-    record = facts(["benchmarks/encoder.py", *names], torch.device("cpu")) | {"threads": torch.get_num_threads(), "dtype": "float32"}
+    record = facts(["benchmarks/encoder.py", *names], torch.device("cpu")) | {
+        "threads": torch.get_num_threads(),
+        "dtype": "float32",
+    }
     record |= {"load_average": {"before": before, "after": load_average()}} | found
     keep(record, str(RESULTS), f"encoder-{names[0]}")
     print(json.dumps(record, indent=2))
