@@ -9,7 +9,7 @@ from torch import Tensor
 from fastvlm.device import Placement
 from fastvlm.errors import DeviceError
 from fastvlm.model import fold, fused, gpu_graphs, gpu_vision, halves, packed, quantized_cpu
-from fastvlm.model.byte_ffn import can_multiply_bytes
+from fastvlm.model.compiled import can_multiply_bytes
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.gpu_language import GraphedQwen2
 from fastvlm.model.gpu_vision import GraphedVision

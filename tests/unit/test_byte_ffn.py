@@ -17,7 +17,8 @@ from fastvlm.config import PRESETS
 from fastvlm.device import Placement
 from fastvlm.errors import DeviceError, InputError
 from fastvlm.model import fold
-from fastvlm.model.byte_ffn import ByteFFN, can_multiply_bytes
+from fastvlm.model.byte_ffn import ByteFFN
+from fastvlm.model.compiled import can_multiply_bytes
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.fused import FusedFFN, QuantizedFFN
 from fastvlm.model.quantize import ROW, Packing, QuantizedConv, quantise, quantized_layers, use_floats

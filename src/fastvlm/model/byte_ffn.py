@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastvlm.model.compiled import openmp
 from fastvlm.model.quantize import ZERO, QuantizedConv
 
 _PANEL: Final = 32  # outputs that the kernel computes together, as in native/encoder.cpp
@@ -35,11 +36,6 @@ class _Gelu(ctypes.Structure):
     _fields_ = [("end", ctypes.c_float), ("terms", ctypes.c_float * _TERMS)]
 
 
-def can_multiply_bytes(library: ctypes.CDLL) -> bool:
-    """Whether the library was built for a processor that multiplies bytes (AVX512-VNNI)."""
-    return bool(library.fastvlm_multiplies_bytes())
-
-
 class ByteFFN(nn.Module):
     """The two wide layers of a ConvFFN and the skip around them."""
 
@@ -47,7 +43,7 @@ class ByteFFN(nn.Module):
         """Lay out the weights as the kernel reads them; see `QuantizedConv.is_centred`."""
         super().__init__()
         self.fc1, self.fc2 = _ByteLayer(fc1), _ByteLayer(fc2)
-        self._library, self._gelu, self._parallel = library, _gelu(), _openmp()
+        self._library, self._gelu, self._parallel = library, _gelu(), openmp()
 
     def add_to(self, skip: Tensor, x: Tensor) -> Tensor:
         """Add what becomes of `x` to `skip`, both `(P, C, h, w)` in float32, the channels last in memory; return it."""
@@ -101,11 +97,3 @@ def _gelu() -> _Gelu:
     fitted = np.polynomial.chebyshev.Chebyshev.fit(at, wanted, _TERMS - 1, domain=[-1, 1])
     terms = fitted.convert(kind=np.polynomial.Polynomial, domain=[-1, 1], window=[-1, 1]).coef
     return _Gelu(_END, (ctypes.c_float * _TERMS)(*terms[::-1]))
-
-
-def _openmp() -> ctypes.c_void_p | None:
-    """How PyTorch's own threads are called upon; where that is not found, the kernel starts threads of its own."""
-    try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
-    except (AttributeError, OSError, TypeError):
-        return None

@@ -1,8 +1,9 @@
 """Qwen2 with compiled kernels for few tokens at once: what decoding, and verifying a few guesses, spends its time on.
 
-It wraps the language model and shares its weights: many tokens (prefill) go the model's own way, few go through one
-call of the library of `fastvlm.native` a step. What it computes is the same; sums are float32 throughout, where the
-model's own operators round to the weights' format in between.
+It wraps the language model and shares its weights: many tokens (prefill) go the model's own way, in which quantised
+layers are exchanged for faster ones; few go through one call of the library of `fastvlm.native` a step. What it
+computes is the same; sums are float32 throughout, where the model's own operators round to the weights' format in
+between.
 
 Letters: `B` rows, `T` tokens, `D` width, `V` vocabulary, `N` outputs and `K` inputs of a matrix, `g` groups of a row.
 """
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from fastvlm.config import LanguageConfig
 from fastvlm.errors import ContextError
 from fastvlm.model.cache import KVCache
+from fastvlm.model.compiled import can_multiply_bytes, openmp
 from fastvlm.model.halves import HalfEmbedding, HalfLinear
 from fastvlm.model.language import Layer, Qwen2, RMSNorm
 from fastvlm.model.quantize import QuantizedEmbedding, QuantizedLinear, quantized_layers
@@ -92,7 +94,7 @@ class NativeQwen2(nn.Module):
         for name, layer in quantized_layers(language).items():
             if isinstance(layer, QuantizedLinear):
                 parent, _, own = name.rpartition(".")
-                setattr(language.get_submodule(parent), own, _TiledLinear(layer, self._kernels))
+                setattr(language.get_submodule(parent), own, _ManyLinear(layer, self._kernels))
 
     @property
     def config(self) -> LanguageConfig:
@@ -141,8 +143,12 @@ class NativeQwen2(nn.Module):
         return num_tokens <= self._kernels.most_tokens and num_pairs <= _MOST_PAIRS
 
 
-class _TiledLinear(nn.Module):
-    """A quantised layer for many tokens: floats are made of a tile of its rows at a time, and multiplied with."""
+class _ManyLinear(nn.Module):
+    """A quantised layer for many tokens.
+
+    Its numbers are multiplied as bytes where the processor does that and activations are float32; elsewhere floats are
+    made of a tile of its rows at a time, and multiplied with.
+    """
 
     def __init__(self, layer: QuantizedLinear, kernels: "_Kernels") -> None:
         super().__init__()
@@ -150,6 +156,8 @@ class _TiledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., K)` to `(..., N)`."""
+        if x.dtype == torch.float32 and self._kernels.multiplies_bytes:
+            return self._kernels.multiply_many(self._matrix, x)
         num_rows, num_columns = self._matrix.rows, self._matrix.columns
         product = x.new_empty(*x.shape[:-1], num_rows)
         step = max(1, _TILE_BYTES // (num_columns * x.element_size()))
@@ -169,6 +177,8 @@ class _Kernels:
         self._library, self._kept, self._lock = library, list[Tensor](), threading.Lock()
         library.fastvlm_pool.restype = ctypes.c_void_p
         self._pool = ctypes.c_void_p(library.fastvlm_pool(num_threads))
+        self._num_threads, self._parallel = num_threads, openmp()
+        self.multiplies_bytes = can_multiply_bytes(library)
         config = language.config
         self._layers = (_Layer * config.num_layers)(*(self._layer(layer) for layer in language.layers))
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
@@ -233,6 +243,20 @@ class _Kernels:
                 ctypes.c_int64(len(rows)),
                 ctypes.c_void_p(product.data_ptr()),
             )
+        return product.view(*x.shape[:-1], -1)
+
+    def multiply_many(self, matrix: _Matrix, x: Tensor) -> Tensor:
+        """`(..., K)` to `(..., N)` as `multiply` does, for many rows and a quantised matrix; see `multiplies_bytes`."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        product = torch.empty(len(rows), matrix.rows)
+        self._library.fastvlm_products(
+            self._parallel,
+            ctypes.c_int32(self._num_threads),
+            ctypes.byref(matrix),
+            ctypes.c_void_p(rows.data_ptr()),
+            ctypes.c_int64(len(rows)),
+            ctypes.c_void_p(product.data_ptr()),
+        )
         return product.view(*x.shape[:-1], -1)
 
     def write_floats(self, matrix: _Matrix, begin: int, end: int, out: Tensor) -> None:

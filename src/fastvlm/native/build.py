@@ -14,8 +14,8 @@ from fastvlm.device import cpu_flags
 from fastvlm.errors import DeviceError
 from fastvlm.folders import user_cache
 
-_SOURCES: Final = tuple(Path(__file__).with_name(name) for name in ("language.cpp", "encoder.cpp"))
-_INCLUDED: Final = Path(__file__).with_name("matrix.h")
+_SOURCES: Final = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
+_INCLUDED: Final = tuple(sorted(Path(__file__).parent.glob("*.h")))
 _COMPILERS: Final = ("c++", "g++", "clang++")
 _FLAGS: Final = (
     "-O3",
@@ -82,7 +82,7 @@ def _fingerprint(compiler: str, flags: list[str]) -> str:
     """What decides the library: source, compiler, flags, processor, and this package's idea of the system."""
     told = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     facts = [told, *flags, platform.platform(), *sorted(cpu_flags())]
-    code = b"".join(path.read_bytes() for path in (*_SOURCES, _INCLUDED))
+    code = b"".join(path.read_bytes() for path in (*_SOURCES, *_INCLUDED))
     return hashlib.sha256("\n".join(facts).encode() + code).hexdigest()[:16]
 
 

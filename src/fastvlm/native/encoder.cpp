@@ -6,26 +6,21 @@
 // Letters: R positions of a block, K inputs and N outputs of a layer.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <thread>
-#include <vector>
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#include <immintrin.h>
+#include "bytes.h"
+
+#if HAS_BYTE_PRODUCTS
 
 namespace {
 
-constexpr int64_t TILE = 12, PANEL = 32;  // positions and outputs whose sums fill the registers, 24 of 32
-constexpr int64_t BLOCK = 4 * TILE;       // positions: they share what is read of the weights
+constexpr int64_t BLOCK = 4 * TILE;  // positions: they share what is read of the weights
 constexpr int LANES = 16;
 constexpr float STEPS = 255;
 constexpr int TERMS = 13;
 
 struct Layer {              // fields as in fastvlm/model/byte_ffn.py; padded to whole panels
-    const int8_t* weight;   // (N / PANEL, K / 4, PANEL, 4)
+    const int8_t* weight;   // (N / PANEL_WIDTH, K / 4, PANEL_WIDTH, 4)
     const float* scales;    // (N): weight = number * scale
     const float* sums;      // (N): of an output's numbers
     const float* bias;      // (N)
@@ -50,38 +45,13 @@ inline Range range(__m512 low, __m512 high, __m512 strange) {
 }
 
 // Bytes of one row of K floats.
-inline void write_bytes(const float* x, int64_t size, Range to, uint8_t* out) {
+inline void write_bytes(const float* x, int64_t size, Range to, int8_t* out) {
     const __m512 inverse = _mm512_set1_ps(1 / to.scale), zero = _mm512_set1_ps(to.zero);
     for (int64_t i = 0; i < size; i += LANES) {
-        const __mmask16 mask = size - i >= LANES ? 0xffff : static_cast<__mmask16>((1 << (size - i)) - 1);
+        const __mmask16 mask = first_lanes(size - i);
         const __m512 scaled = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, x + i), inverse, zero);
         const __m512i whole = _mm512_max_epi32(_mm512_cvtps_epi32(scaled), _mm512_setzero_si512());
         _mm512_mask_cvtusepi32_storeu_epi8(out + i, mask, whole);
-    }
-}
-
-// Sums of a tile: TILE rows of bytes, `stride` apart, times a panel. Apart from what is made of the sums, so that they
-// stay in registers.
-__attribute__((noinline)) void multiply(const uint8_t* x, int64_t stride, const int8_t* weight, int64_t inputs,
-                                        __m512i (*out)[2]) {
-    __m512i sums[TILE][2];
-    for (auto& row : sums) row[0] = row[1] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < inputs; k += 4) {
-        const __m512i first = _mm512_loadu_si512(weight + k * PANEL);
-        const __m512i second = _mm512_loadu_si512(weight + k * PANEL + 64);
-#pragma GCC unroll 12
-        for (int64_t row = 0; row < TILE; ++row) {
-            int32_t four;
-            std::memcpy(&four, x + row * stride + k, sizeof four);
-            const __m512i same = _mm512_set1_epi32(four);
-            sums[row][0] = _mm512_dpbusd_epi32(sums[row][0], same, first);
-            sums[row][1] = _mm512_dpbusd_epi32(sums[row][1], same, second);
-        }
-    }
-#pragma GCC unroll 12
-    for (int64_t row = 0; row < TILE; ++row) {
-        out[row][0] = sums[row][0];
-        out[row][1] = sums[row][1];
     }
 }
 
@@ -95,7 +65,7 @@ inline __m512 gelu(__m512 x, const Gelu& by) {
 
 // What one thread needs for a block.
 struct Block {
-    std::vector<uint8_t> given, bytes;
+    std::vector<int8_t> given, bytes;
     std::vector<float> hidden;
     Range ranges[BLOCK];
     __m512 low[BLOCK], high[BLOCK], strange[BLOCK];
@@ -103,12 +73,12 @@ struct Block {
     Block(const Layer& first, const Layer& second)
         : given(BLOCK * first.inputs), bytes(BLOCK * second.inputs), hidden(BLOCK * padded(first.outputs)) {}
 
-    static int64_t padded(int64_t outputs) { return (outputs + PANEL - 1) / PANEL * PANEL; }
+    static int64_t padded(int64_t outputs) { return (outputs + PANEL_WIDTH - 1) / PANEL_WIDTH * PANEL_WIDTH; }
 
     void note(int64_t row, __mmask16 mask, __m512 x) {
         low[row] = _mm512_mask_min_ps(low[row], mask, low[row], x);
         high[row] = _mm512_mask_max_ps(high[row], mask, high[row], x);
-        strange[row] = _mm512_mask_add_ps(strange[row], mask, strange[row], _mm512_sub_ps(x, x));
+        strange[row] = _mm512_mask3_fmadd_ps(x, _mm512_setzero_ps(), strange[row], mask);
     }
 
     void forget() {
@@ -121,7 +91,7 @@ struct Block {
         for (int64_t row = 0; row < count; ++row) {
             const float* own = x + row * dim;
             for (int64_t i = 0; i < dim; i += LANES) {
-                const __mmask16 mask = dim - i >= LANES ? 0xffff : static_cast<__mmask16>((1 << (dim - i)) - 1);
+                const __mmask16 mask = first_lanes(dim - i);
                 note(row, mask, _mm512_maskz_loadu_ps(mask, own + i));
             }
             ranges[row] = range(low[row], high[row], strange[row]);
@@ -140,7 +110,7 @@ struct Block {
         each_tile(second, bytes.data(), tiles, [&](int64_t row, int64_t out, __m512 sum) {
             const int64_t left = second.outputs - out;
             if (row >= count || left <= 0) return;
-            const __mmask16 mask = left >= LANES ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
+            const __mmask16 mask = first_lanes(left);
             float* to = total + row * second.outputs + out;
             const __m512 value = scaled(second, ranges[row], out, sum);
             _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), value));
@@ -149,11 +119,12 @@ struct Block {
 
     // For each position and LANES outputs: take(position, output, sum).
     template <typename Take>
-    static void each_tile(const Layer& layer, const uint8_t* x, int64_t tiles, const Take& take) {
+    static void each_tile(const Layer& layer, const int8_t* x, int64_t tiles, const Take& take) {
         __m512i sums[TILE][2];
-        for (int64_t n = 0; n < layer.outputs; n += PANEL)
+        for (int64_t n = 0; n < layer.outputs; n += PANEL_WIDTH)
             for (int64_t begin = 0; begin < tiles * TILE; begin += TILE) {
-                multiply(x + begin * layer.inputs, layer.inputs, layer.weight + n * layer.inputs, layer.inputs, sums);
+                multiply_tile<false>(x + begin * layer.inputs, layer.inputs, layer.weight + n * layer.inputs,
+                                     layer.inputs, sums);
                 for (int64_t row = 0; row < TILE; ++row)
                     for (int64_t half = 0; half < 2; ++half)
                         take(begin + row, n + half * LANES, _mm512_cvtepi32_ps(sums[row][half]));
@@ -174,30 +145,15 @@ extern "C" {
 
 int fastvlm_multiplies_bytes() { return 1; }
 
-// Add what a ConvFFN's wide layers make of `x` (P, C) to `total` (P, C). `parallel` is GOMP_parallel of the OpenMP that
-// PyTorch uses, so that its threads do the work instead of waiting for more of their own, or null.
-void fastvlm_ffn(void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int32_t num_threads, const Layer* first,
-                 const Layer* second, const Gelu* by, const float* x, float* total, int64_t num_positions) {
-    std::atomic<int64_t> next{0};
-    const auto work = [&] {
-        Block block(*first, *second);
-        for (;;) {
-            const int64_t begin = next.fetch_add(BLOCK);
-            if (begin >= num_positions) return;
-            const int64_t count = std::min(BLOCK, num_positions - begin);
+// Add what a ConvFFN's wide layers make of `x` (P, C) to `total` (P, C).
+void fastvlm_ffn(Parallel parallel, int32_t num_threads, const Layer* first, const Layer* second, const Gelu* by,
+                 const float* x, float* total, int64_t num_positions) {
+    share(parallel, num_threads, (num_positions + BLOCK - 1) / BLOCK, [&] {
+        return [&, block = Block(*first, *second)](int64_t part) mutable {
+            const int64_t begin = part * BLOCK, count = std::min(BLOCK, num_positions - begin);
             block.run(*first, *second, *by, x + begin * first->inputs, total + begin * second->outputs, count);
-        }
-    };
-    using Work = decltype(work);
-    if (parallel != nullptr) {
-        parallel([](void* what) { (*static_cast<Work*>(what))(); }, const_cast<void*>(static_cast<const void*>(&work)),
-                 static_cast<unsigned>(num_threads), 0);
-        return;
-    }
-    std::vector<std::thread> threads;
-    for (int32_t i = 1; i < num_threads; ++i) threads.emplace_back(work);
-    work();
-    for (auto& thread : threads) thread.join();
+        };
+    });
 }
 
 }  // extern "C"

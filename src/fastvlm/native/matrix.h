@@ -13,12 +13,7 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#define HAS_BYTE_PRODUCTS 1
-#else
-#define HAS_BYTE_PRODUCTS 0
-#endif
+#include "bytes.h"
 
 namespace {
 

@@ -1,0 +1,16 @@
+"""What the library of `fastvlm.native` can do on this processor, and whose threads it takes."""
+
+import ctypes
+
+
+def can_multiply_bytes(library: ctypes.CDLL) -> bool:
+    """Whether it was built for a processor that multiplies bytes (AVX512-VNNI)."""
+    return bool(library.fastvlm_multiplies_bytes())
+
+
+def openmp() -> ctypes.c_void_p | None:
+    """How PyTorch's own threads are called upon; where that is not found, the library starts threads of its own."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
+    except (AttributeError, OSError, TypeError):
+        return None
