@@ -78,17 +78,16 @@ def decoder(language: Qwen2, sentences: Sequence[Tensor]) -> list[Packed]:
     hidden = list(sentences)
     config = language.config
     angles = [rotary_angles(torch.arange(x.shape[1])[None], config.head_dim, config.rope_theta) for x in hidden]
-    for index, original in enumerate(language.layers):
+    *layers, last = language.layers
+    for original in layers:
         layer: Layer = deepcopy(original)  # type: ignore[assignment]
         seen = _seen(layer, hidden, angles)
         for name, linear in _matrices(layer):
             weight = linear.weight.numpy()
-            if name == _VALUES or index == len(language.layers) - 1:
-                found.append(pack(weight, bits=8))
-            else:
-                found.append(compensated(weight, seen[name]))
+            found.append(pack(weight, bits=8) if name == _VALUES else compensated(weight, seen[name]))
             linear.weight.copy_(torch.from_numpy(unpack(found[-1], weight.shape[1])))
         hidden = [layer(x, each, None, None, 0) for x, each in zip(hidden, angles, strict=True)]
+    found += [pack(linear.weight.numpy(), bits=8) for _, linear in _matrices(last)]
     head = language.embed_tokens if language.lm_head is None else language.lm_head
     found.append(pack(head.weight.numpy(), bits=8))
     return found

@@ -2,7 +2,8 @@
 
 In float16 some operations stay in float32, the islands: those whose values come near 65,504, where float16 ends
 (Apple's encoder does so at 1024 pixels), and those that add up many values, squares, or angles. What comes near is
-measured on examples, by executing the float32 package.
+measured on examples, by executing a draft in float32. coremltools reads what was traced once: the program that the
+draft was written of is made narrower.
 """
 
 import logging
@@ -32,6 +33,15 @@ LIMIT: Final = LARGEST_FLOAT16 / 8  # other inputs may reach further than the ex
 _SUMS: Final = ("layer_norm", "reduce_mean")  # of squares, or of a whole map: they overflow inside
 _NORM_STEPS: Final = 3  # from the inverse root of an RMSNorm back to the squares
 _NARROW: Final = 4  # channels that one kernel sees: three in the first convolution, one in a depthwise one
+_CAST: Final = "common::add_fp16_cast"
+# Passes of coremltools' reading and writing, too, which it leaves out there unless the passes between name them.
+_SETTLED: Final = [
+    "common::const_elimination",
+    "common::const_deduplication",
+    "common::cast_optimization",
+    "common::dead_code_elimination",
+    "common::dedup_op_and_var_names",
+]
 _DEBUG_FILE: Final = "executorch_debug_handle_mapping.json"
 
 Examples = Callable[[], Iterable[Mapping[str, Tensor]]]
@@ -100,15 +110,37 @@ def write_package(  # noqa: PLR0913  (a package is described by its border)
     """
     with quiet(), _writing(path), _scratch(path.parent) as scratch:
         (ct,) = needs("coreml", "coremltools")
+        # A state needs iOS 18 or macOS 15.
+        target = ct.target.iOS18 if exported.graph_signature.buffers_to_mutate else ct.target.iOS16
+        borders = _borders(ct, inputs, output)
+
+        def convert(
+            source: Any, pipeline: Any = None, *, to: str = "mlprogram", half: bool = False, **more: Any
+        ) -> Any:
+            return ct.convert(
+                source,
+                convert_to=to,
+                minimum_deployment_target=target,
+                compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
+                pass_pipeline=pipeline,
+                skip_model_load=True,
+                **more,
+            )
+
         if precision == "fp32":
-            _save(_converted(ct, exported, inputs, output), path)
+            _save(convert(exported, **borders), path)
             return None
+        passes = ct.PassPipeline.DEFAULT.passes
+        start = passes.index(_CAST)
+        program = convert(exported, ct.PassPipeline([*passes[:start], *_SETTLED]), to="milinternal", **borders)
         draft = scratch / "draft.mlpackage"
-        _converted(ct, exported, inputs, output, package=draft)
+        convert(program, ct.PassPipeline(_SETTLED), package_dir=str(draft))
         islands = find_islands(Program(draft), examples(), keep=keep)
         shutil.rmtree(draft)
-        model = _converted(ct, exported, inputs, output, islands)
-        _save(_with_int8_weights(ct, model) if precision == "int8" else model, path)
+        pipeline = _narrowing(ct, islands, passes[start + 1 :], with_int8=precision == "int8")
+        model = convert(program, pipeline, half=True)
+        model.user_defined_metadata.update(_origin(exported))
+        _save(model, path)
     _LOG.info("%s: %d values stay in float32", path.name, len(islands.results))
     return islands
 
@@ -145,7 +177,7 @@ def find_islands(
 
     def watch(name: str, value: Tensor) -> None:
         nonlocal largest
-        reach = float(value.abs().max()) if value.numel() else 0.0
+        reach = max(abs(float(end)) for end in value.aminmax()) if value.numel() else 0.0
         largest = max(largest, reach)
         if not reach <= LIMIT:  # written so that NaN counts as large
             large.add(name)
@@ -164,52 +196,34 @@ def _variables(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def _converted(  # noqa: PLR0913
-    ct: Any,
-    exported: ExportedProgram,
-    inputs: Sequence[Input],
-    output: str,
-    islands: Islands | None = None,
-    *,
-    package: Path | None = None,
-) -> Any:
-    """The model, in float16 where there are islands; in a temporary package, or in `package`, without its metadata."""
-
+def _borders(ct: Any, inputs: Sequence[Input], output: str) -> dict[str, Any]:
     def size(each: int | tuple[int, int]) -> Any:
         return ct.RangeDim(*each) if isinstance(each, tuple) else each
 
-    has_state = bool(exported.graph_signature.buffers_to_mutate)
-    return ct.convert(
-        exported,
-        inputs=[
+    return {
+        "inputs": [
             ct.TensorType(each.name, shape=tuple(size(each_size) for each_size in each.shape), dtype=each.dtype)
             for each in inputs
         ],
-        outputs=[ct.TensorType(output, dtype=np.float32)],
-        convert_to="mlprogram",
-        # A state needs iOS 18 or macOS 15.
-        minimum_deployment_target=ct.target.iOS18 if has_state else ct.target.iOS16,
-        compute_precision=ct.precision.FLOAT32 if islands is None else ct.precision.FLOAT16,
-        pass_pipeline=None if islands is None else _to_float16(ct, islands),
-        skip_model_load=True,
-        package_dir=None if package is None else str(package),
-    )
+        "outputs": [ct.TensorType(output, dtype=np.float32)],
+    }
 
 
-def _to_float16(ct: Any, islands: Islands) -> Any:
-    """The passes of a conversion to float16, with the islands.
+def _narrowing(ct: Any, islands: Islands, passes: Sequence[str], *, with_int8: bool) -> Any:
+    """The passes that make a program of float32 narrower: float16 outside the islands, clean up, round to int8.
 
     coremltools looks for constants that float16 cannot hold in three copies of each, for half a minute and in gigabytes
-    where a table has 136 million numbers: its pass is asked only about constants that are as large.
+    where a table has 136 million numbers: its pass is asked only about constants that are as large. What is large is
+    rounded: depthwise kernels are a hundredth of the weights and a third of the error.
     """
-    passes, registry = needs(
+    narrow, compress, registry = needs(
         "coreml",
         "coremltools.converters.mil.mil.passes.defs.quantization",
+        "coremltools.optimize.coreml._quantization_passes",
         "coremltools.converters.mil.mil.passes.pass_registry",
     )
-    slow, quick = "common::add_fp16_cast", "fastvlm::add_fp16_cast"
 
-    class Quick(passes.add_fp16_cast):  # type: ignore[misc, name-defined]
+    class Quick(narrow.add_fp16_cast):  # type: ignore[misc, name-defined]
         @staticmethod
         def fp16_overflow(operation: Any) -> bool:
             constants = (
@@ -220,26 +234,30 @@ def _to_float16(ct: Any, islands: Islands) -> Any:
             )
             if all(max(np.max(value), -np.min(value)) <= LARGEST_FLOAT16 for value in constants if np.size(value)):
                 return False
-            return bool(passes.add_fp16_cast.fp16_overflow(operation))
+            return bool(narrow.add_fp16_cast.fp16_overflow(operation))
 
+    class Wide(compress.linear_quantize_weights):  # type: ignore[misc, name-defined]
+        def is_valid_op(self, operation: Any) -> bool:
+            shape = operation.outputs[0].shape
+            return bool(super().is_valid_op(operation)) and not (len(shape) == 4 and shape[1] <= _NARROW)
+
+    quick, wide = "fastvlm::add_fp16_cast", "fastvlm::linear_quantize_weights"
     registry.register_pass(namespace="fastvlm", name="add_fp16_cast", override=True)(Quick)
-    pipeline = ct.PassPipeline.DEFAULT
-    pipeline.passes = [quick if each == slow else each for each in pipeline.passes]
+    registry.register_pass(namespace="fastvlm", name="linear_quantize_weights", override=True)(Wide)
+    rounding = [wide, "common::dead_code_elimination"] if with_int8 else []
+    pipeline = ct.PassPipeline([quick, *passes, *rounding])
     pipeline.set_options(quick, {"op_selector": lambda operation: not islands.hold(operation)})
+    if with_int8:
+        optimize = ct.optimize.coreml
+        linear = optimize.OpLinearQuantizerConfig(mode="linear", dtype="int8", granularity="per_channel")
+        pipeline.set_options(wide, {"config": optimize.OptimizationConfig(global_config=linear)})
     return pipeline
 
 
-def _with_int8_weights(ct: Any, model: Any) -> Any:
-    """Quantise what is large: depthwise kernels are a hundredth of the weights and a third of the error."""
-    optimize = ct.optimize.coreml
-    linear = optimize.OpLinearQuantizerConfig(mode="linear", dtype="int8", granularity="per_channel")
-    (block,) = model.get_spec().mlProgram.functions["main"].block_specializations.values()
-    constants = (each.outputs[0] for each in block.operations if each.type == "const")
-    sizes = {each.name: [side.constant.size for side in each.type.tensorType.dimensions] for each in constants}
-    narrow = {name: None for name, size in sizes.items() if len(size) == 4 and size[1] <= _NARROW}
-    return optimize.linear_quantize_weights(
-        model, optimize.OptimizationConfig(global_config=linear, op_name_configs=narrow)
-    )
+def _origin(exported: ExportedProgram) -> dict[str, str]:
+    """What coremltools writes of a program that it converts at once."""
+    name = "com.github.apple.coremltools.source"
+    return {name: f"torch=={torch.__version__}", f"{name}_dialect": f"TorchExport::{exported.dialect}"}
 
 
 def _save(model: Any, path: Path) -> None:

@@ -145,7 +145,8 @@ def find_islands(model: FastVLM, pixels: Sequence[Tensor]) -> dict[str, float]:
         for module in part.modules():
 
             def note(_module: nn.Module, inputs: tuple[Any, ...], output: Any, name: str = name) -> None:
-                found = max(float(x.abs().max()) for x in (*inputs, output) if isinstance(x, Tensor))
+                ends = (end for x in (*inputs, output) if isinstance(x, Tensor) for end in x.aminmax())
+                found = max(abs(float(end)) for end in ends)
                 largest[name] = max(largest.get(name, 0.0), found)
 
             handles.append(module.register_forward_hook(note))
