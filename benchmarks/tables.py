@@ -77,7 +77,7 @@ EXPORTED = {
     ROOT / "docs" / "export-apple.md": ("coreml", "mlx", "ios-bundle"),
 }
 LIMITS = {  # what an export of 0.5B is meant to take at most
-    "cpu_s": (240, "s of processors"),
+    "seconds": (240, "s by the clock and of processors"),
     "peak_gb": (12, "GB, mapped files included"),
     "peak_own_gb": (12, "GB of its own"),
 }
@@ -298,8 +298,10 @@ def _times(exports: dict[tuple[str, str, str], tuple[Results, Results]], formats
                     f"{busy['before']}, {busy['after']}",
                 )
             )
+            # the clock counts other programs, processors count threads that wait: the lower is nearer
+            found = {**results, "seconds": min(results["wall_s"], results["cpu_s"])}
             for key, (limit, _) in LIMITS.items():
-                if results.get(key, 0) > limit:
+                if found.get(key, 0) > limit:
                     over[key].append(f"`{name}` {precision}")
     head = (
         "format",
