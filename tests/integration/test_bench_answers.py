@@ -346,6 +346,18 @@ def test_a_folder_without_an_onnx_export_is_refused(tmp_path):
         peers.onnx_suffix(tmp_path)
 
 
+@pytest.mark.parametrize("folder", ["int8", "/home/someone/int8"])
+def test_a_command_is_kept_without_the_folders_of_this_machine(folder):
+    options = BenchPeersOptions(
+        model="/home/someone/05b", rival_python="/home/someone/python", route=(f"compile:{folder}",)
+    )
+    command = ["fastvlm", "--model", options.model, f"--rival-python={options.rival_python}", "--route", *options.route]
+
+    found = peers._without_paths(command, options)
+
+    assert found == ["fastvlm", "--model", "05b", "--rival-python=PYTHON", "--route", "compile:int8"]
+
+
 def test_two_programs_of_one_name_are_refused():
     options = BenchPeersOptions(model=str(TINY), route=("default", "default"), threads=1, device="cpu")
 

@@ -344,7 +344,9 @@ def ratios(rows: dict[str, dict[str, Any]], llava: dict[str, Any] | None, flops:
 def _without_paths(command: Sequence[str], options: BenchPeersOptions) -> list[str]:
     """The command without this machine's folders."""
     places = {options.rival_python: "PYTHON", options.openvino: "OPENVINO", options.onnx: "ONNX"}
-    places |= {route: f"{route.partition(':')[0]}:{Path(route).name}" for route in options.route if ":" in route}
+    for route in options.route:
+        kind, mark, folder = route.partition(":")
+        places[route] = f"{kind}{mark}{Path(folder).name}"
     if options.model not in PRESETS:
         places[options.model] = label(options.model)
     shown = []
