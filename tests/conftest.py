@@ -58,6 +58,7 @@ def no_network(monkeypatch):
 def same_random_numbers():
     random.seed(0)
     np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

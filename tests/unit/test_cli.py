@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -40,19 +39,19 @@ def run(capsys, *args):
 
 def test_help_comes_at_once_and_imports_no_torch():
     code = (
-        "import sys\n"
+        "import sys, time\n"
         "from fastvlm.cli import main\n"
         "status = main(['--help'])\n"
         "assert status == 0\n"
         "heavy = {'torch', 'numpy', 'PIL', 'tyro', 'httpx2', 'tokenizers'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
+        "print(time.process_time(), file=sys.stderr)\n"  # of the processor: others may use the machine, too
     )
     seconds = []
-    while not seconds or (min(seconds) > 0.3 and len(seconds) < 10):  # others may use the machine at the same time
-        start = time.perf_counter()
+    while not seconds or (min(seconds) > 0.3 and len(seconds) < 10):
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        seconds.append(time.perf_counter() - start)
         assert result.returncode == 0, result.stderr
+        seconds.append(float(result.stderr))
 
     assert "predict" in result.stdout
     assert min(seconds) < 0.3
