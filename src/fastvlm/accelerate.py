@@ -17,6 +17,7 @@ from fastvlm.model.native import NativeQwen2, can_compile
 from fastvlm.model.openvino import OpenVinoVision, find_openvino
 from fastvlm.model.packed import forget_nothing
 from fastvlm.model.quantize import QuantizedConv, quantized_layers, use_floats
+from fastvlm.model.vision import ConvFFN
 from fastvlm.native.build import library
 from fastvlm.options import Engine
 
@@ -93,6 +94,7 @@ def accelerate(
 
 def _takes_bytes(model: FastVLM, placement: Placement, compiled: ctypes.CDLL | None, engine: Engine) -> bool:
     """Whether kernels multiply the bytes of a quantised encoder."""
+    ffns = [module for module in model.vision.modules() if isinstance(module, ConvFFN)]
     convs = [layer for layer in quantized_layers(model.vision).values() if isinstance(layer, QuantizedConv)]
     return (
         compiled is not None
@@ -100,4 +102,5 @@ def _takes_bytes(model: FastVLM, placement: Placement, compiled: ctypes.CDLL | N
         and engine == "torch"
         and placement.dtype == torch.float32
         and all(conv.is_centred for conv in convs)
+        and all(isinstance(ffn.fc1, QuantizedConv) == isinstance(ffn.fc2, QuantizedConv) for ffn in ffns)
     )

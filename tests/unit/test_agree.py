@@ -1,12 +1,14 @@
 """Two models' answers are compared token for token, and a difference says how near a tie it was."""
 
 import json
+import sys
 
 import pytest
 
 from fastvlm.checkpoint import load, save
 from fastvlm.errors import InputError
 from fastvlm.evaluate.agree import agree, render_agreement
+from fastvlm.model.native import MOST_TOKENS, NativeQwen2
 from fastvlm.options import EvalOptions, QuantizeOptions
 from fastvlm.quantize.run import quantize
 
@@ -43,6 +45,22 @@ def test_a_model_with_another_encoder_is_asked_with_its_own(tiny, real_assets, t
     found = agree(EvalOptions(model=str(other), against=str(tiny), **FEW))
 
     assert found.num_equal < 5, "the same language model is shown something else"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the kernels are built by GCC or Clang")
+def test_compiled_kernels_answer_where_they_are_asked_for(tiny, real_assets, monkeypatch):
+    read, calls = NativeQwen2.forward, []
+
+    def counted(self, embeds, *rest):
+        calls.append(embeds.shape[:2].numel())
+        return read(self, embeds, *rest)
+
+    monkeypatch.setattr(NativeQwen2, "forward", counted)
+
+    found = agree(EvalOptions(model=str(tiny), against=str(tiny), compile=True, **FEW))
+
+    assert min(calls) <= MOST_TOKENS < max(calls)
+    assert (found.num_equal, found.num_prompts) == (5, 5)
 
 
 def test_what_only_marking_has_is_refused(tiny):

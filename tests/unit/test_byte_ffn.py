@@ -16,7 +16,7 @@ from fastvlm.checkpoint.zoo import resolve
 from fastvlm.config import PRESETS
 from fastvlm.device import Placement
 from fastvlm.errors import DeviceError, InputError
-from fastvlm.model import fold
+from fastvlm.model import fold, fused
 from fastvlm.model.byte_ffn import ByteFFN
 from fastvlm.model.compiled import can_multiply_bytes
 from fastvlm.model.fastvlm import FastVLM
@@ -104,6 +104,31 @@ def test_wide_layers_in_bytes_compute_nearly_what_their_floats_compute(shape):
     found = in_bytes(*layers, x)
 
     assert 0 < distance(found, in_floats(*layers, x)) < 0.012
+
+
+def rounded(x):
+    """Each row to bytes of its own range: numbers, scales and zeros, as the kernel does in float32."""
+    low, high = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=1e-30)
+    zero = (-low / scale).round()
+    return ((x / scale[:, None] + zero[:, None]).round().clamp(0, 255) - zero[:, None]) * scale[:, None]
+
+
+@needs_bytes
+@pytest.mark.parametrize("shape", [(32, 128, 50), (36, 100, 13), (192, 768, 100)], ids=str)
+@torch.inference_mode()
+def test_the_kernel_rounds_each_position_to_its_own_range_and_multiplies_exactly(shape):
+    dim, hidden, num_positions = shape
+    fc1, fc2 = wide(dim, hidden)
+    x = torch.randn(1, dim, 1, num_positions) * torch.rand(num_positions) * 3 + 1
+    weights = [conv.floats(torch.float32).double() for conv in (fc1, fc2)]
+
+    found = in_bytes(fc1, fc2, x)[0, :, 0].T
+
+    inner = F.gelu(rounded(x[0, :, 0].T.double()) @ weights[0].T + fc1.bias.double())
+    expected = rounded(inner) @ weights[1].T + fc2.bias.double()
+    assert distance(found, expected) < 1e-3  # a number may fall to the other side of a half
+    assert distance(found, expected) < distance(found, in_floats(fc1, fc2, x)[0, :, 0].T) / 5
 
 
 @needs_bytes
@@ -224,7 +249,23 @@ def test_numbers_whose_zero_lies_elsewhere_become_floats(folder):
     vision = accelerate(model, ON_CPU, is_compiled=has_bytes()).vision
 
     assert not any(isinstance(module, QuantizedFFN) for module in vision.modules())
-    assert sum(isinstance(module, FusedFFN) for module in vision.modules()) in (0, 10)
+    assert not quantized_layers(vision)
+    assert sum(isinstance(module, FusedFFN) for module in vision.modules()) == 10 * fused.can_fuse(vision)
+
+
+@torch.inference_mode()
+def test_half_a_pair_in_bytes_becomes_floats(folder):
+    model = checkpoint.load(folder, dtype=torch.float32).model
+    ffn = model.vision.stages[0].blocks[0].mlp
+    ffn.fc2 = ffn.fc2.as_floats()
+    expected = checkpoint.load(folder, dtype=torch.float32).model
+    use_floats(expected.vision)
+    pixels = torch.rand(1, 3, 128, 128).to(memory_format=torch.channels_last)
+
+    found = accelerate(model, ON_CPU, is_compiled=has_bytes()).vision
+
+    assert not quantized_layers(found)
+    assert distance(found(pixels), accelerate(expected, ON_CPU).vision(pixels)) < 1e-4
 
 
 @torch.inference_mode()

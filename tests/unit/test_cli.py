@@ -202,6 +202,19 @@ def test_a_wrong_flag_is_said_in_one_line(args, expected):
 
 
 @pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--bits", "3"], "--bits must be one of 8, 4, got '3'"),
+        (["--group-size", "48"], "--group-size must be one of 32, 64, 128, got '48'"),
+        (["--encoder-bits", "4"], "--encoder-bits must be one of 8, got '4'"),
+    ],
+)
+def test_a_wrong_choice_of_numbers_is_said_in_one_line(args, expected):
+    with pytest.raises(InputError, match=expected):
+        flags.parse(options.QuantizeOptions, ["--model", "nano", "--out", "x", *args], "fastvlm quantize")
+
+
+@pytest.mark.parametrize(
     ("kind", "args", "expected"),
     [
         (options.ConvertOptions, ["--model", "x"], "needs --to and --out"),

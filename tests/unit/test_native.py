@@ -250,6 +250,22 @@ def numbers_of(layer):
     return torch.stack([layer.weight & 15, layer.weight >> 4], -1).flatten(1)
 
 
+@pytest.mark.parametrize("packing", [Packing(8, ROW), Packing(8, 32)], ids=str)
+def test_a_quantised_head_gives_many_rows_what_it_gives_few(kernels, packing):
+    language = language_of(CONFIG)
+    matrix = language.embed_tokens.weight
+    replace_layers(language, {"embed_tokens": packing})
+    table = language.embed_tokens
+    table.weight, table.scales, table.biases = quantise(matrix, packing, torch.float32)
+    hidden = torch.randn(3 * MOST_TOKENS, CONFIG.dim)
+    expected = language.head(hidden)
+
+    native = NativeQwen2(language, kernels, 2)
+
+    assert_close(native.head(hidden), expected, rtol=1e-3, atol=2e-3)
+    assert_close(native.head(hidden)[:3], native.head(hidden[:3]), rtol=1e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("packing", [Packing(8, ROW), Packing(4, 32)], ids=str)
 def test_the_number_of_threads_changes_no_product(kernels, packing):
     layer, x = quantised_layer(packing, 640, 200), torch.randn(70, 640)

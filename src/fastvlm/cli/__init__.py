@@ -51,7 +51,7 @@ VERBS = {
         "fastvlm.cli.export:run",
         "fastvlm.cli.formats:narrow",
     ),
-    "quantize": Verb("give the language model 8 or 4 bits a weight", "QuantizeOptions", "fastvlm.cli.quantize:run"),
+    "quantize": Verb("give the weights 8 or 4 bits", "QuantizeOptions", "fastvlm.cli.quantize:run"),
     "push": Verb("send a checkpoint to the Hugging Face hub", "PushOptions", "fastvlm.cli.push:run"),
     "train": Verb("train a model", "TrainOptions", "fastvlm.cli.train:run"),
     "pretrain": Verb("pretrain an encoder (stage 0)", "PretrainOptions", "fastvlm.cli.train:pretrain"),

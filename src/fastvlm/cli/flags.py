@@ -115,7 +115,7 @@ def _message(text: str, kind: type, args: Sequence[str]) -> str:
     if match := re.match(r"Error parsing (\S+): (.*)", line):
         return _bad_value(match[1], match[2], kind, args)
     if match := re.match(r"invalid choice '(.*)' for argument '([^']*)'", line):
-        return f"{_last(match[2])} must be one of {', '.join(_choices(match[2], kind))}, got {match[1]!r}"
+        return f"{_last(match[2])} must be one of {', '.join(map(str, _choices(match[2], kind)))}, got {match[1]!r}"
     if line.startswith("Missing from"):
         return f"needs {' and '.join(_missing(line, kind)) or 'more arguments'}"
     return line or "the arguments cannot be read"

@@ -123,6 +123,8 @@ class NativeQwen2(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """`(..., D)` hidden states to `(..., V)` logits."""
         if hidden.shape[:-1].numel() > self._kernels.most_tokens:
+            if self._kernels.multiplies_bytes and self._kernels.head.bits <= 8 and hidden.dtype == torch.float32:
+                return self._kernels.multiply_many(self._kernels.head, hidden)
             return self.language.head(hidden)
         return self._kernels.multiply(self._kernels.head, hidden)
 

@@ -1,7 +1,7 @@
 """Matrices of 4- or 8-bit numbers in the place of the language model's linear layers and of 1 x 1 convolutions.
 
 A weight is `number x scale + bias`, one scale and one bias for each group of neighbouring inputs in a row (MLX's affine
-groups, `mlx.core.quantize`). Activations stay floating point; `byte_conv.py` rounds those of convolutions.
+groups, `mlx.core.quantize`). Activations stay floating point; `byte_ffn.py` rounds those of the encoder.
 
 Letters: `N` outputs, `K` inputs, `g` groups of a row, `T` tokens, `D` width of language, `V` vocabulary.
 """

@@ -96,8 +96,9 @@ class QuantizeOptions:
     bits: Literal[8, 4] = 8
     """Of each weight; the embedding table, the head, and attention's values and outputs always have 8."""
     encoder_bits: Literal[8] | None = None
-    """Of the two wide layers in each block of the encoder, nine tenths of its work; always to the nearest number. On a
-    CPU that multiplies bytes their activations become bytes, too, in float32. By default the encoder stays as it is."""
+    """Of the two wide layers in each block of the encoder, nine tenths of its work; always to the nearest number. With
+    --compile, on a CPU that multiplies bytes and in float32, their activations become bytes, too; elsewhere only the
+    folder is smaller. By default the encoder stays as it is."""
     group_size: Literal[32, 64, 128] | None = None
     """Inputs that share a scale; by default a whole row for 8 bits and 32 for 4."""
     rounding: Literal["nearest", "gptq"] | None = None

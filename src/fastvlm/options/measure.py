@@ -45,7 +45,7 @@ class EvalOptions:
     dtype: str = "auto"
     """Format of the arithmetic: auto, float32 or bfloat16."""
     compile: bool = False
-    """Answer with compiled kernels, as `predict --compile` does."""
+    """Answer with compiled kernels, as `predict --compile` does; at most eight rows a batch are written by them."""
     quiet: bool = False
     """No progress lines."""
 
