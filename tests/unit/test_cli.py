@@ -1,9 +1,11 @@
 """The command line: verbs, flags, help, exit statuses."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -283,6 +285,66 @@ def test_each_kind_of_end_has_its_status_and_its_line(capsys, verb_that, error, 
     assert (found, out) == (status, "")
     assert err.startswith(words)
     assert err.count("\n") == 1
+
+
+def hit(number):
+    """Be hit by a signal here."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt  # as its handler does where a test's worker has not set another
+    signal.raise_signal(number)
+
+
+ENDS = {signal.SIGINT: (130, "fastvlm: interrupted\n"), signal.SIGTERM: (143, "fastvlm: terminated\n")}
+
+
+@pytest.mark.parametrize("number", ENDS)
+@pytest.mark.parametrize("later", [AttributeError("no attribute 'exc'"), OSError(5, "I/O"), InputError("no package")])
+def test_an_error_raised_over_an_interruption_is_the_interruption(capsys, verb_that, number, later):
+    def action(_output):
+        try:
+            hit(number)
+        finally:
+            try:
+                raise RuntimeError("import failed") from None
+            finally:
+                raise later
+
+    verb_that(action)
+
+    status, out, err = run(capsys, "try")
+
+    assert (status, out, err) == (ENDS[number][0], "", ENDS[number][1])
+
+
+def test_an_error_after_a_lost_sigterm_is_its_end(capsys, verb_that):
+    def action(_output):
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        raise AttributeError("no attribute 'exc'")
+
+    verb_that(action)
+
+    assert run(capsys, "try") == (143, "", "fastvlm: terminated\n")
+
+
+def test_an_error_after_a_ctrl_c_that_was_dealt_with_is_a_bug(capsys, verb_that):
+    def action(_output):
+        with contextlib.suppress(KeyboardInterrupt):
+            raise KeyboardInterrupt
+        raise KeyError("x")
+
+    verb_that(action)
+
+    status, _, err = run(capsys, "try")
+
+    assert status == 1
+    assert err.startswith("fastvlm: bug: KeyError")
+
+
+def test_colours_in_a_message_are_left_out(capsys, verb_that):
+    verb_that(raising(InputError("\x1b]0;title\x07one: \x1b[1;31mwrong\x1b[0m value [0m")))
+
+    assert run(capsys, "try") == (2, "", "fastvlm: error: one: wrong value [0m\n")
 
 
 def test_a_reader_that_went_away_is_no_error(capsys, verb_that):

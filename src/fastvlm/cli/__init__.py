@@ -7,6 +7,7 @@
 import contextlib
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -77,6 +78,10 @@ LAYERED = ("train", "pretrain")
 """Verbs whose options may also come from a file and from a stage."""
 
 
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?)")
+"""What colours text in a terminal, or sets the title."""
+
+
 class _Terminated(BaseException):
     """SIGTERM came."""
 
@@ -87,25 +92,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     has_flag = args[:1] == ["--debug"]  # only here: further on it may be somebody's prompt
     is_debug = has_flag or os.environ.get("FASTVLM_DEBUG", "") not in ("", "0")
     output = Output(sys.stdout, sys.stderr)
+    ending: list[_Terminated] = []
     try:
-        with _terminable(), _quiet(is_debug), logging_to(output, is_debug=is_debug):
+        with _terminable(ending), _quiet(is_debug), logging_to(output, is_debug=is_debug):
             _dispatch(args[has_flag:], output)
-    except FastVLMError as error:
-        return _fail(output, f"fastvlm: error: {_one_line(error)}", ERROR, is_debug=is_debug)
-    except KeyboardInterrupt:
-        return _fail(output, "fastvlm: interrupted", INTERRUPTED, is_debug=False)
-    except _Terminated:
-        return _fail(output, "fastvlm: terminated", TERMINATED, is_debug=False)
+    except (KeyboardInterrupt, _Terminated) as error:
+        return _fail(output, *_verdict(error), is_debug=False)
     except BrokenPipeError:
         output.drop()
         return UNREAD
     except Exception as error:  # noqa: BLE001  (here ends what nobody else could explain)
-        if (reason := _circumstance(error)) is not None:
-            return _fail(output, f"fastvlm: error: {reason}", ERROR, is_debug=is_debug)
-        what = f"{type(error).__name__}: {_one_line(error)}"
-        hint = "this is a bug of fastvlm; FASTVLM_DEBUG=1 shows where it is"
-        return _fail(output, f"fastvlm: bug: {what}; {hint}", BUG, is_debug=is_debug)
+        # What SIGTERM hit may have dropped it and failed later, for want of what was not done.
+        return _fail(output, *_verdict(*ending, error), is_debug=is_debug)
     return OK
+
+
+def _verdict(*errors: BaseException) -> tuple[str, int]:
+    """The line that says how the command ended, and its status; the last error is the one that ended it.
+
+    What a signal hits may fail in its own way over it, as `import torch` does: what the signal asked for counts.
+    """
+    beneath = list(_beneath(errors))
+    if any(isinstance(each, _Terminated) for each in beneath):
+        return "fastvlm: terminated", TERMINATED
+    if any(isinstance(each, KeyboardInterrupt) for each in beneath):
+        return "fastvlm: interrupted", INTERRUPTED
+    error = errors[-1]
+    if isinstance(error, FastVLMError):
+        return f"fastvlm: error: {_one_line(error)}", ERROR
+    if (reason := _circumstance(error)) is not None:
+        return f"fastvlm: error: {reason}", ERROR
+    what = f"{type(error).__name__}: {_one_line(error)}"
+    return f"fastvlm: bug: {what}; this is a bug of fastvlm; FASTVLM_DEBUG=1 shows where it is", BUG
+
+
+def _beneath(errors: Sequence[BaseException]) -> Iterator[BaseException]:
+    """Errors, and all that they were raised over."""
+    waiting: list[BaseException | None] = [*errors]
+    seen: set[int] = set()
+    while waiting:
+        error = waiting.pop()
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            yield error
+            waiting += [error.__cause__, error.__context__]
 
 
 def _dispatch(args: Sequence[str], output: Output) -> None:
@@ -187,7 +217,7 @@ def _help(prefix: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _circumstance(error: Exception) -> str | None:
+def _circumstance(error: BaseException) -> str | None:
     """What to say about an error that is nobody's bug: the disk, the memory, the rights."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error):
         return "not enough memory; use a smaller model, --image-size or --max-new-tokens"
@@ -197,7 +227,7 @@ def _circumstance(error: Exception) -> str | None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return " ".join(_ESCAPES.sub("", str(error)).split())
 
 
 def _fail(output: Output, line: str, status: int, *, is_debug: bool) -> int:
@@ -208,14 +238,15 @@ def _fail(output: Output, line: str, status: int, *, is_debug: bool) -> int:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does: files and locks are put in order."""
+def _terminable(ending: list[_Terminated]) -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does: files and locks are put in order; `ending` gets what is raised."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(_number: int, _frame: FrameType | None) -> None:
-        raise _Terminated
+        ending.append(_Terminated())
+        raise ending[-1]
 
     before: Any = signal.signal(signal.SIGTERM, end)
     try:
