@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from fastvlm.checkpoint.load import load
-from fastvlm.export.graphs import LARGEST_FLOAT16, Decoder, Embedder, HalfEncoder, find_islands
+from fastvlm.export.graphs import LARGEST_FLOAT16, Decoder, Embedder, HalfEncoder, find_islands, magnitude
 from fastvlm.export.parts import ImageEncoder
 from fastvlm.model import fold
 
@@ -94,3 +94,22 @@ def test_half_the_width_of_numbers_is_close_where_nothing_overflows(model):
     found = HalfEncoder(deepcopy(model), [], with_projector=True)(pixels)
 
     assert (found - expected).abs().max() < 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1.0, -3.0], 3.0), ([2.0, torch.nan], torch.inf), ([-torch.inf, 1.0], torch.inf), ([], 0.0)],
+)
+def test_a_value_that_is_no_number_has_an_infinite_magnitude(values, expected):
+    assert magnitude(torch.tensor(values)) == expected
+
+
+@torch.inference_mode()
+def test_a_part_whose_values_are_no_numbers_stays_in_float32(model):
+    broken = deepcopy(model)
+    broken.vision.final_conv.se.fc1.bias[0] = torch.nan
+
+    islands = find_islands(broken, [torch.rand(1, 3, 64, 64)])
+
+    assert islands["final_conv"] == torch.inf
+    assert "stem" not in islands

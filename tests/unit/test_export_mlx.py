@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from fastvlm import checkpoint
 from fastvlm.checkpoint import mlx
 from fastvlm.errors import ExportError
-from fastvlm.export.mlx import neutralise_norms
+from fastvlm.export.mlx import largest_activation, neutralise_norms
+from fastvlm.export.parts import Request, Source
 from fastvlm.export.run import run
 from fastvlm.model import fold
 from fastvlm.options import ExportOptions
@@ -76,6 +77,18 @@ def test_an_export_is_read_back_and_compared(tiny, precision, dtype, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config.get("quantization", {}).get("bits") == {"int8": 8, "int4": 4}.get(precision)
     assert "VisionConfig.layers" in (folder / "CHANGES.md").read_text()
+
+
+def test_a_value_that_is_no_number_is_beyond_float16(tiny):
+    def broken():
+        model = checkpoint.load(tiny, dtype=torch.float32).model
+        with torch.no_grad():
+            fold.reparameterise(model).vision.stages[0].blocks[0].mlp.fc2.bias[0] = torch.nan
+        return model
+
+    request = Request(precisions=("fp16",), image_size=64, has_dynamic_batch=False, with_projector=True)
+
+    assert largest_activation(Source(checkpoint.load(tiny), broken), request, count=1) == torch.inf
 
 
 @pytest.mark.slow

@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fastvlm.checkpoint.load import load
-from fastvlm.export.verify import TIE, _texts
+from fastvlm.export.verify import TIE, _above, _differences, _texts
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +37,20 @@ def test_an_answer_is_at_a_tie_where_eager_holds_two_tokens_closer_than_a_thousa
     assert (found["equal"], found["same_tokens"], found["equal_or_tied"]) == (0, 0, tied)
     assert len(found["different"]) == 1 - tied
     assert found["tie"] == 1e-3
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("side", ["eager", "export"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_value_that_is_not_finite_on_either_side_is_a_failure(value, side, place):
+    pairs = [(torch.ones(1, 4), torch.ones(1, 4)) for _ in range(2)]
+    pairs[place][side == "export"][0, 2] = value
+
+    found = _differences(pairs)
+
+    assert _above("features", found, 1e-4, 0.99) == ["features are not finite"]
+    assert _above("logits beside the same cache", found, None, None) == ["logits beside the same cache are not finite"]
+
+
+def test_values_that_are_equal_and_finite_are_no_failure():
+    assert _above("features", _differences([(torch.ones(1, 4), torch.ones(1, 4))]), 1e-4, 0.99) == []

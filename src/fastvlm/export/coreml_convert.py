@@ -24,7 +24,7 @@ from torch.export import ExportedProgram, export
 
 from fastvlm.errors import ExportError
 from fastvlm.export.coreml_interpreter import Program
-from fastvlm.export.graphs import LARGEST_FLOAT16
+from fastvlm.export.graphs import LARGEST_FLOAT16, magnitude
 from fastvlm.export.parts import needs
 from fastvlm.options import Precision
 
@@ -177,9 +177,9 @@ def find_islands(
 
     def watch(name: str, value: Tensor) -> None:
         nonlocal largest
-        reach = max(abs(float(end)) for end in value.aminmax()) if value.numel() else 0.0
+        reach = magnitude(value)
         largest = max(largest, reach)
-        if not reach <= LIMIT:  # written so that NaN counts as large
+        if reach > LIMIT:
             large.add(name)
 
     with torch.inference_mode():

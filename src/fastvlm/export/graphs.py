@@ -4,6 +4,7 @@ Letters: `P` images, `H, W` pixels, `N` positions of an image, `C` channels of v
 `S` positions already in the cache, `D` width of language, `G` key/value heads, `E` width of a head, `V` vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, cast
 
@@ -132,6 +133,14 @@ def encoder_parts(model: FastVLM, *, with_projector: bool) -> Iterator[tuple[str
         yield "projector", model.projector
 
 
+def magnitude(x: Tensor) -> float:
+    """The largest magnitude in a tensor; infinite where a value is no number, which Python's `max` would drop."""
+    if not x.numel():
+        return 0.0
+    least, most = (float(end) for end in x.aminmax())
+    return math.inf if math.isnan(least) or math.isnan(most) else max(-least, most)
+
+
 @torch.inference_mode()
 def find_islands(model: FastVLM, pixels: Sequence[Tensor]) -> dict[str, float]:
     """Find the parts whose values come near the largest float16 on these pixels, each `(P, 3, H, W)`.
@@ -145,9 +154,8 @@ def find_islands(model: FastVLM, pixels: Sequence[Tensor]) -> dict[str, float]:
         for module in part.modules():
 
             def note(_module: nn.Module, inputs: tuple[Any, ...], output: Any, name: str = name) -> None:
-                ends = (end for x in (*inputs, output) if isinstance(x, Tensor) for end in x.aminmax())
-                found = max(abs(float(end)) for end in ends)
-                largest[name] = max(largest.get(name, 0.0), found)
+                found = (magnitude(x) for x in (*inputs, output) if isinstance(x, Tensor))
+                largest[name] = max(largest.get(name, 0.0), *found)
 
             handles.append(module.register_forward_hook(note))
     try:

@@ -18,13 +18,14 @@ from fastvlm.checkpoint.save import Entry, tensor_entries
 from fastvlm.config import VisionConfig
 from fastvlm.device import place as place_on
 from fastvlm.errors import ExportError
+from fastvlm.export.graphs import magnitude
 from fastvlm.export.parts import Exported, Request, Source, Tolerance, Written, folded_copy, versions
 from fastvlm.export.verify import capacity, draw_pictures, eager_step
 from fastvlm.image import to_pixels
 from fastvlm.model import fold
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.vision import ConvNorm
-from fastvlm.options import Precision
+from fastvlm.options import ExportOptions, Precision
 from fastvlm.predict import Predictor
 
 TOLERANCES: Final[Mapping[Precision, Tolerance]] = {
@@ -38,8 +39,12 @@ _BYTES: Final[Mapping[Precision, float]] = {"fp16": 2, "bf16": 2, "int8": 1.1, "
 _FLOAT16_LIMIT: Final = 65_504 / 2  # other pictures may reach further than those that are drawn
 
 
+def ready(options: ExportOptions) -> None:
+    """Nothing is needed beyond the base install."""
+
+
 def check(source: Source, request: Request) -> int:
-    """Return the most bytes that are written; nothing is needed beyond the base install."""
+    """Return the most bytes that are written."""
     vision = sum(weight.numel() for weight in source.checkpoint.model.vision.parameters())
     return int(2 * vision + _BYTES[request.precision] * (source.num_parameters - vision)) + 2**24
 
@@ -129,7 +134,7 @@ def largest_activation(source: Source, request: Request, count: int = 2) -> floa
     found = [0.0]
 
     def watch(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append(float(output.abs().max()))
+        found.append(magnitude(output))
 
     vision = folded_copy(source).vision  # not eager's, whose fused operators hide what is inside
     hooks = [module.register_forward_hook(watch) for module in vision.modules()]

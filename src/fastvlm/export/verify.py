@@ -294,10 +294,10 @@ def _texts(rows: Sequence[_Row]) -> dict[str, Any]:
 
 
 def _differences(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Of the second from the first, over all pairs; not a number where the second is not finite."""
+    """Of the second from the first, over all pairs; not a number where either is not finite."""
     absolute = max(float((ours.float() - theirs.float()).abs().max()) for ours, theirs in pairs)
     largest = max(float(ours.abs().max()) for ours, _ in pairs)
-    if not all(bool(torch.isfinite(theirs).all()) for _, theirs in pairs):
+    if not all(bool(torch.isfinite(each).all()) for pair in pairs for each in pair):
         absolute = float("nan")
     cosine = min(_cosine(*pair) for pair in pairs)
     return {"absolute": absolute, "relative": absolute / largest, "largest_value": largest, "least_cosine": cosine}
