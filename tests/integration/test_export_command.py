@@ -19,7 +19,7 @@ from fastvlm import cli
 from fastvlm.checkpoint.load import load
 from fastvlm.checkpoint.save import save
 from fastvlm.config import Config
-from fastvlm.errors import ExportError
+from fastvlm.errors import CheckpointError, ExportError
 from fastvlm.export import gguf_lm
 from fastvlm.export.openvino import _save as save_openvino
 from fastvlm.export.parts import Request, Source
@@ -289,6 +289,60 @@ def test_the_model_that_is_read_is_no_place_to_write(tiny, tmp_path, capsys):
     assert status == 2
     assert "which is read; name another folder" in err
     assert digests(tmp_path / "source") == digests(tiny)
+
+
+def refuse_to_read(*_, **__):
+    raise CheckpointError("the weights were read")
+
+
+def test_a_target_that_is_refused_is_said_before_the_weights_are_read(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastvlm.export.run.load", refuse_to_read)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "diary.txt").write_text("mine")
+
+    status, _, err = export(capsys, out, model=tiny)
+    _, _, replaced = export(capsys, out, "--overwrite", model=tiny)
+    _, _, read = export(capsys, tmp_path / "new", model=tiny)
+
+    assert status == 2
+    assert "is not empty; name another folder, or say --overwrite" in err
+    assert "holds 'diary.txt' and is no export alone" in replaced
+    assert "the weights were read" in read
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("name", "package"), [("gguf-lm", "gguf"), ("onnx", "onnx"), ("coreml", "coremltools")])
+def test_a_missing_package_is_said_before_the_weights_are_read(tiny, tmp_path, capsys, monkeypatch, name, package):
+    monkeypatch.setattr("fastvlm.export.run.load", refuse_to_read)
+    monkeypatch.setitem(sys.modules, package, None)
+
+    status, _, err = export(capsys, tmp_path / "out", model=tiny, name=name)
+
+    assert status == 2
+    assert "this export needs more packages" in err
+    assert err.count("\n") == 1
+
+
+def test_a_size_that_apples_app_does_not_show_is_said_before_the_weights_are_read(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastvlm.export.run.load", refuse_to_read)
+
+    status, _, err = export(capsys, tmp_path / "out", "--image-size", "512", model=tiny, name="ios-bundle")
+
+    assert status == 2
+    assert "Apple's app shows one picture of 1024 pixels, got 512" in err
+
+
+def test_a_name_that_no_folder_can_have_is_one_clear_line(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+
+    empty = export(capsys, "", model=tiny)
+    under = export(capsys, tmp_path / "file" / "a" / "b", model=tiny)
+
+    assert empty == (2, "", "fastvlm: error: the name of the folder to write is empty; name a folder\n")
+    assert under[0] == 2
+    assert under[2].endswith(f"b cannot be written: {tmp_path / 'file'} is a file; name another folder\n")
+    assert under[2].count("\n") == 1
 
 
 def test_only_an_export_is_replaced_and_only_when_asked(tiny, tmp_path, capsys):

@@ -41,9 +41,8 @@ def staged_folder(
     Raises:
         CheckpointError: The target is there and may not be replaced, or cannot be written.
     """
-    target = Path(folder).resolve()
+    target = check_target(folder, overwrite=overwrite, marks=marks, is_known=is_known)
     try:
-        _check_target(target, overwrite=overwrite, marks=marks, is_known=is_known or _is_known)
         target.parent.mkdir(parents=True, exist_ok=True)
         place = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
@@ -53,6 +52,28 @@ def staged_folder(
             shutil.rmtree(place, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+
+
+def check_target(
+    folder: str | Path,
+    *,
+    overwrite: bool,
+    marks: Sequence[str] = _MARKS,
+    is_known: Callable[[Path], bool] | None = None,
+) -> Path:
+    """Refuse a target as `staged_folder` would, with the same arguments, before work is spent on it; return its path.
+
+    Raises:
+        CheckpointError: The target is there and may not be replaced, or cannot be written.
+    """
+    if not os.fspath(folder):
+        raise CheckpointError("the name of the folder to write is empty; name a folder")
+    target = Path(folder).resolve()
+    try:
+        _check_target(target, overwrite=overwrite, marks=marks, is_known=is_known or _is_known)
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+    return target
 
 
 def find_stranger(folder: Path, *, marks: Sequence[str], is_known: Callable[[Path], bool]) -> str | None:
@@ -91,6 +112,9 @@ def replace_folder(place: Path, target: Path) -> None:
 def _check_target(target: Path, *, overwrite: bool, marks: Sequence[str], is_known: Callable[[Path], bool]) -> None:
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; name a folder")
+    above = next(path for path in target.parents if path.exists())
+    if not above.is_dir():
+        raise CheckpointError(f"{target} cannot be written: {above} is a file; name another folder")
     if Path.cwd().is_relative_to(target):  # whoever stands in it would stand in a folder that is gone
         raise CheckpointError(f"{target} is or holds the folder you are in; name another folder")
     if not target.is_dir() or not any(target.iterdir()):

@@ -42,7 +42,7 @@ from fastvlm.image import to_pixels
 from fastvlm.model.cache import KVCache
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.language import Qwen2
-from fastvlm.options import Precision
+from fastvlm.options import ExportOptions, Precision
 from fastvlm.prompt import tokenize, user
 
 TOLERANCES: Final[Mapping[Precision, Tolerance]] = {
@@ -64,14 +64,22 @@ _CALIBRATION: Final = 2  # pictures on which values too large for float16 are lo
 _BYTES: Final[Mapping[Precision, int]] = {"fp32": 4, "fp16": 2, "int8": 1}
 
 
-def check(source: Source, request: Request) -> int:
-    """See that coremltools is here and a picture fits; return the bytes that are written, drafts included.
+def ready(options: ExportOptions) -> None:
+    """Refuse where a package is missing.
 
     Raises:
-        ExportError: coremltools is missing, or a picture takes more tokens than the cache holds.
+        ExportError: coremltools is missing.
     """
     with quiet():
         needs("coreml", "coremltools")
+
+
+def check(source: Source, request: Request) -> int:
+    """See that a picture fits; return the bytes that are written, drafts included.
+
+    Raises:
+        ExportError: A picture takes more tokens than the cache holds.
+    """
     tokens, room = num_image_tokens(source, request), context(source.config.language)
     if tokens + SENTENCE > room:
         raise ExportError(

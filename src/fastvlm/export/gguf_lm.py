@@ -20,7 +20,7 @@ from fastvlm.export.verify import capacity
 from fastvlm.generate import make_cache, prefill
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.language import Qwen2
-from fastvlm.options import Precision
+from fastvlm.options import ExportOptions, Precision
 from fastvlm.prompt import chat_template
 
 TOLERANCES: Final[dict[Precision, Tolerance]] = {
@@ -35,13 +35,21 @@ _FILE: Final = "language"
 _BLOCK: Final = 32  # weights that share a scale in Q8_0
 
 
-def check(source: Source, request: Request) -> int:
-    """Refuse where a package is missing or a row cannot be cut into blocks; return the bytes of the file.
+def ready(options: ExportOptions) -> None:
+    """Refuse where a package is missing.
 
     Raises:
-        ExportError: The extra `gguf` is missing, or a width is no multiple of a block.
+        ExportError: The extra `gguf` is missing.
     """
     needs("gguf", "gguf")
+
+
+def check(source: Source, request: Request) -> int:
+    """Refuse where a row cannot be cut into blocks; return the bytes of the file.
+
+    Raises:
+        ExportError: A width is no multiple of a block.
+    """
     language = source.config.language
     if request.precision == "int8" and (language.dim % _BLOCK or language.mlp_dim % _BLOCK):
         raise ExportError(

@@ -39,7 +39,7 @@ from fastvlm.export.parts import (
 from fastvlm.export.verify import capacity, eager_step
 from fastvlm.model.language import Qwen2
 from fastvlm.model.projector import Projector
-from fastvlm.options import Precision
+from fastvlm.options import ExportOptions, Precision
 from fastvlm.predict import Predictor
 from fastvlm.prompt import IMAGE_MARK
 
@@ -66,11 +66,23 @@ _INTEGERS: Final = (
 )
 
 
+def ready(options: ExportOptions) -> None:
+    """Refuse where a package is missing, and pictures of a size that the app does not show.
+
+    Raises:
+        ExportError: coremltools is missing, or another size was asked for.
+    """
+    if options.image_size is not None:
+        _check_size(options.image_size)
+    with quiet():
+        needs("coreml", "coremltools")
+
+
 def check(source: Source, request: Request) -> int:
     """See that the app can run this model; return the most bytes that are written.
 
     Raises:
-        ExportError: coremltools is missing, or the geometry is not the app's.
+        ExportError: The geometry is not the app's.
     """
     vision, language = source.config.vision, source.config.language
     if not is_standard(vision):
@@ -79,19 +91,19 @@ def check(source: Source, request: Request) -> int:
             f"Apple's app reads the encoder of depths {standard.depths} and dims {standard.dims}, this one has "
             f"{vision.depths} and {vision.dims}; export coreml or mlx"
         )
-    if request.image_size != SIZE or request.has_dynamic_batch:
-        raise ExportError(
-            f"Apple's app shows one picture of {SIZE} pixels, got {request.image_size}; take --image-size {SIZE}"
-        )
+    _check_size(request.image_size, is_fixed=not request.has_dynamic_batch)
     if source.tokenizer.image_id >= language.vocab_size:
         raise ExportError(
             f"Apple's app looks {IMAGE_MARK} up, whose id {source.tokenizer.image_id} has no row among "
             f"{language.vocab_size}; save the model with fastvlm convert --to hf first"
         )
-    with quiet():
-        needs("coreml", "coremltools")
     encoder = sum(weight.numel() for weight in source.checkpoint.model.vision.parameters())
     return 8 * encoder + 2 * (source.num_parameters - encoder) + 2**25  # coremltools writes the encoder's twice
+
+
+def _check_size(image_size: int, *, is_fixed: bool = True) -> None:
+    if image_size != SIZE or not is_fixed:
+        raise ExportError(f"Apple's app shows one picture of {SIZE} pixels, got {image_size}; take --image-size {SIZE}")
 
 
 def write(source: Source, request: Request, place: Path) -> Written:

@@ -41,7 +41,7 @@ from fastvlm.export.parts import (
 from fastvlm.export.verify import draw_pictures
 from fastvlm.image import to_pixels
 from fastvlm.model.fastvlm import FastVLM
-from fastvlm.options import Precision
+from fastvlm.options import ExportOptions, Precision
 from fastvlm.prompt import Tokenizer, chat_template
 
 ENCODER, EMBEDDING, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
@@ -74,13 +74,17 @@ Graph = Any
 """An `onnx_ir.Model`."""
 
 
-def check(source: Source, request: Request) -> int:
-    """Refuse where a package is missing; return the bytes of all files.
+def ready(options: ExportOptions) -> None:
+    """Refuse where a package is missing.
 
     Raises:
         ExportError: Packages of the extra `onnx` are missing.
     """
     needs("onnx", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
+
+
+def check(source: Source, request: Request) -> int:
+    """Return the bytes of all files."""
     return int(source.num_parameters * sum(_BYTES[precision] for precision in request.precisions))
 
 

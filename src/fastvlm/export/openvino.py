@@ -38,7 +38,7 @@ from fastvlm.export.parts import (
     versions,
 )
 from fastvlm.model.language import Qwen2
-from fastvlm.options import Precision
+from fastvlm.options import ExportOptions, Precision
 from fastvlm.prompt import Tokenizer, chat_template
 
 TOLERANCES: Final[dict[Precision, Tolerance]] = {
@@ -49,13 +49,17 @@ ENCODER, EMBEDDING, DECODER = "vision_embeddings", "text_embeddings", "language"
 _BYTES: Final[dict[Precision, float]] = {"fp32": 8.5, "fp16": 6.5}  # a weight, with the ONNX file between
 
 
-def check(source: Source, request: Request) -> int:
-    """Refuse where a package is missing; return the bytes of all files, the intermediate ones included.
+def ready(options: ExportOptions) -> None:
+    """Refuse where a package is missing.
 
     Raises:
         ExportError: The extra `openvino` is missing.
     """
     needs("openvino", "onnx", "onnx_ir", "onnxscript", "openvino")
+
+
+def check(source: Source, request: Request) -> int:
+    """Return the bytes of all files, the intermediate ones included."""
     return int(source.num_parameters * _BYTES[request.precision])
 
 

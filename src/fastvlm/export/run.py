@@ -3,9 +3,13 @@
 What a format can do is in `options.EXPORT_FORMATS`; the rest is refused before anything is read. Its code is a module
 of this folder, named in `MODULES` and imported when it is asked for. Each has:
 
+    def ready(options: ExportOptions) -> None
+        Before the model is read: raise ExportError where a package is missing (`parts.needs`) or an option does not
+        fit.
+
     def check(source: Source, request: Request) -> int
-        Before anything is written: raise ExportError where a package is missing (`parts.needs`) or the model does not
-        fit the format; return the most bytes that the folder takes while it is written.
+        Before anything is written: raise ExportError where the model does not fit the format; return the most bytes
+        that the folder takes while it is written.
 
     def write(source: Source, request: Request, place: Path) -> Written
         Write all files into the empty folder `place`. Licences, CHANGES.md, manifest and report are written by `run`.
@@ -29,7 +33,7 @@ from typing import Any, Final
 import torch
 
 from fastvlm.checkpoint.convert import write_licences
-from fastvlm.checkpoint.folder import staged_folder
+from fastvlm.checkpoint.folder import check_target, staged_folder
 from fastvlm.checkpoint.load import load
 from fastvlm.checkpoint.save import write_json
 from fastvlm.checkpoint.zoo import resolve
@@ -75,9 +79,14 @@ def run(options: ExportOptions, *, report: Callable[[str], None] | None = None) 
     """
     say = report or (lambda line: None)
     module = import_module(MODULES[options.format])
-    source = _source(options)
+    folder = resolve(options.model)
+    target: dict[str, Any] = {"overwrite": options.overwrite, "marks": (MANIFEST,), "is_known": is_of_export}
+    _check_apart(options, folder)
+    check_target(options.out, **target)
+    module.ready(options)
+    source = _source(options, folder)
     request = _request(options, source)
-    with staged_folder(options.out, overwrite=options.overwrite, marks=(MANIFEST,), is_known=is_of_export) as place:
+    with staged_folder(options.out, **target) as place:
         _check_room(source, module.check(source, request), place, copies=_FLOAT32_COPIES[options.format])
         say(f"writing {options.format} ({', '.join(request.precisions)})")
         written = module.write(source, request, place)
@@ -88,12 +97,13 @@ def run(options: ExportOptions, *, report: Callable[[str], None] | None = None) 
     return Path(options.out)
 
 
-def _source(options: ExportOptions) -> Source:
-    folder = resolve(options.model)
+def _check_apart(options: ExportOptions, folder: Path) -> None:
     for read in (folder, *([Path(options.vision)] if options.vision else [])):
         if Path(options.out).resolve().is_relative_to(read.resolve()):
             raise ExportError(f"{options.out} lies in {read}, which is read; name another folder")
 
+
+def _source(options: ExportOptions, folder: Path) -> Source:
     def sized(model: FastVLM) -> FastVLM:
         size = options.image_size or model.config.vision.image_size
         stride = model.config.vision.stride
