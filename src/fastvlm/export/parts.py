@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from types import ModuleType
 from typing import Literal
 
@@ -165,13 +165,26 @@ def needs(extra: str, *packages: str) -> list[ModuleType]:
     """Import the packages of an extra.
 
     Raises:
-        ExportError: One of them is not installed, or its build does not fit this machine.
+        ExportError: One of them is not installed, is another version, or its build does not fit this machine.
     """
     try:
         return [import_module(package) for package in packages]
     except (ImportError, OSError) as error:
+        missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+        if any(f"{package}.".startswith(f"{missing}.") for package in packages if "." in missing):
+            root = missing.partition(".")[0]
+            raise ExportError(
+                f"{root} is installed, but has no {missing}; this export needs {_requirement(extra, root)}; "
+                f"pip install 'fastvlm[{extra}]'"
+            ) from error
         reason = " ".join(str(error).split())[:200]
         raise ExportError(f"this export needs more packages: {reason}; pip install 'fastvlm[{extra}]'") from error
+
+
+def _requirement(extra: str, package: str) -> str:
+    """What the extra asks of a package, with its versions."""
+    lines = (line for line in requires("fastvlm") or () if f"extra == '{extra}'" in line.replace('"', "'"))
+    return next((line.partition(";")[0].strip() for line in lines if line.startswith(package)), package)
 
 
 def versions(*packages: str) -> dict[str, str]:
