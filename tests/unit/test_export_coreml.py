@@ -19,6 +19,8 @@ from fastvlm.model.initialise import initial_values
 
 pytest.importorskip("coremltools", exc_type=ImportError)
 
+from coremltools.models.utils import load_spec
+
 from fastvlm.export import coreml
 from fastvlm.export.coreml_convert import Input, find_islands, traced, write_package
 from fastvlm.export.coreml_interpreter import Program
@@ -367,22 +369,78 @@ def test_token_ids_and_their_embeddings_mean_the_same(language_package):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("precision", "limit"), [("fp16", 1e-2), ("int8", 5e-2)])
 @torch.inference_mode()
-def test_the_language_model_in_float16_computes_angles_and_norms_in_float32(tmp_path):
+def test_the_language_model_in_fewer_bits_computes_angles_and_norms_in_float32(tmp_path, precision, limit):
     model, embeds = small_model(), sentence(40) * 20
     wanted = model.language.head(model.language(embeds))[0, -1]
     path = tmp_path / "language.mlpackage"
 
     coreml.write_language(
-        model.language, path, precision="fp16", sentences=lambda: [coreml.language_inputs(embeds[:, :9], 0)]
+        model.language, path, precision=precision, sentences=lambda: [coreml.language_inputs(embeds[:, :9], 0)]
     )
 
     found = coreml.begin(coreml.Runner(path))(embeds)[0]
-    assert relative(found, wanted) < 1e-2
+    assert relative(found, wanted) < limit
     program = Program(path)
     assert program.results(("cos", "sin", "rsqrt", "reduce_mean"), dtype=[torch.float16]) == set()
     assert program.results(("softmax",), dtype=[torch.float16]) == set()  # the mask's -10000 counts as large
     assert program.results(("linear",), dtype=[torch.float32]) == set()
+
+
+@pytest.fixture(scope="module")
+def rounded_language(tmp_path_factory):
+    """In int8 with a state: iOS 18, which has another operation for weights than the encoder's iOS 16."""
+    path = tmp_path_factory.mktemp("coreml") / "language.mlpackage"
+    inputs = coreml.language_inputs(sentence(9), 0)
+    coreml.write_language(small_model().language, path, precision="int8", sentences=lambda: [inputs])
+    return path
+
+
+@pytest.mark.slow
+def test_the_matrices_of_a_language_model_have_eight_bits_and_its_norms_do_not(rounded_language):
+    rounded = Program(rounded_language).results(("constexpr_blockwise_shift_scale",))
+
+    matrices = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    names = [f"layers.{layer}.{each}" for layer in range(2) for each in matrices]  # keys and values are too small here
+    assert rounded == {
+        f"p_language_{name.replace('.', '_')}_weight_to_fp16_quantized" for name in ("embed_tokens", *names)
+    }
+
+
+@pytest.mark.slow
+def test_every_weight_of_the_language_model_is_found_in_eight_bits_and_a_flipped_one_is_not(rounded_language, tmp_path):
+    copy = shutil.copytree(rounded_language, tmp_path / "copy.mlpackage")
+    language, name = nn.ModuleDict({"language": small_model().language}), "language.layers.1.mlp.down_proj.weight"
+    ((stored,),) = (
+        each.arguments["data"]
+        for each in Program(copy)._operations
+        if each.type == "constexpr_blockwise_shift_scale" and "layers_1_mlp_down_proj" in each.outputs[0]
+    )
+
+    flip(copy, stored, ordinary(language.state_dict()[name]))
+
+    assert all(find_weights(rounded_language, language).values())
+    assert [each for each, is_found in find_weights(copy, language).items() if not is_found] == [
+        f"copy.mlpackage: {name}"
+    ]
+
+
+def test_a_package_names_what_it_was_made_of_whatever_its_precision(encoder_package, tmp_path):
+    def origin(path):
+        spec = load_spec(str(path))
+        info = spec.mlProgram.attributes["buildInfo"].immediateValue.dictionary.values
+        pairs = [[half.immediateValue.tensor.strings.values[0] for half in (pair.key, pair.value)] for pair in info]
+        return pairs, dict(spec.description.metadata.userDefined)
+
+    path = tmp_path / "fp16.mlpackage"
+    package(nn.Linear(3, 3), torch.rand(1, 3), path, precision="fp16")
+
+    found, kept = origin(path)
+    wanted, also = origin(encoder_package)
+    assert sorted(found) == sorted(wanted)
+    assert kept == also
+    assert ["coremltools-component-torch", torch.__version__] in found
 
 
 def test_the_context_ends_where_the_model_ends():

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, Final
@@ -112,34 +113,28 @@ def write_package(  # noqa: PLR0913  (a package is described by its border)
         (ct,) = needs("coreml", "coremltools")
         # A state needs iOS 18 or macOS 15.
         target = ct.target.iOS18 if exported.graph_signature.buffers_to_mutate else ct.target.iOS16
-        borders = _borders(ct, inputs, output)
-
-        def convert(
-            source: Any, pipeline: Any = None, *, to: str = "mlprogram", half: bool = False, **more: Any
-        ) -> Any:
-            return ct.convert(
-                source,
-                convert_to=to,
-                minimum_deployment_target=target,
-                compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
-                pass_pipeline=pipeline,
-                skip_model_load=True,
-                **more,
-            )
-
+        convert = partial(
+            ct.convert,
+            convert_to="mlprogram",
+            minimum_deployment_target=target,
+            compute_precision=ct.precision.FLOAT32,
+            skip_model_load=True,
+        )
+        reads, gives = _borders(ct, inputs, output)
         if precision == "fp32":
-            _save(convert(exported, **borders), path)
+            _save(convert(exported, inputs=reads, outputs=gives), path)
             return None
         passes = ct.PassPipeline.DEFAULT.passes
         start = passes.index(_CAST)
-        program = convert(exported, ct.PassPipeline([*passes[:start], *_SETTLED]), to="milinternal", **borders)
+        reading = ct.PassPipeline([*passes[:start], *_SETTLED])
+        program = convert(exported, inputs=reads, outputs=gives, convert_to="milinternal", pass_pipeline=reading)
         draft = scratch / "draft.mlpackage"
-        convert(program, ct.PassPipeline(_SETTLED), package_dir=str(draft))
+        convert(program, pass_pipeline=ct.PassPipeline([*_SETTLED]), package_dir=str(draft))
         islands = find_islands(Program(draft), examples(), keep=keep)
         shutil.rmtree(draft)
-        pipeline = _narrowing(ct, islands, passes[start + 1 :], with_int8=precision == "int8")
-        model = convert(program, pipeline, half=True)
-        model.user_defined_metadata.update(_origin(exported))
+        narrowing = _narrowing(ct, islands, passes[start + 1 :], with_int8=precision == "int8")
+        model = convert(program, pass_pipeline=narrowing, compute_precision=ct.precision.FLOAT16)
+        _say_origin(model, exported)
         _save(model, path)
     _LOG.info("%s: %d values stay in float32", path.name, len(islands.results))
     return islands
@@ -196,17 +191,15 @@ def _variables(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def _borders(ct: Any, inputs: Sequence[Input], output: str) -> dict[str, Any]:
+def _borders(ct: Any, inputs: Sequence[Input], output: str) -> tuple[list[Any], list[Any]]:
     def size(each: int | tuple[int, int]) -> Any:
         return ct.RangeDim(*each) if isinstance(each, tuple) else each
 
-    return {
-        "inputs": [
-            ct.TensorType(each.name, shape=tuple(size(each_size) for each_size in each.shape), dtype=each.dtype)
-            for each in inputs
-        ],
-        "outputs": [ct.TensorType(output, dtype=np.float32)],
-    }
+    reads = [
+        ct.TensorType(each.name, shape=tuple(size(each_size) for each_size in each.shape), dtype=each.dtype)
+        for each in inputs
+    ]
+    return reads, [ct.TensorType(output, dtype=np.float32)]
 
 
 def _narrowing(ct: Any, islands: Islands, passes: Sequence[str], *, with_int8: bool) -> Any:
@@ -238,8 +231,10 @@ def _narrowing(ct: Any, islands: Islands, passes: Sequence[str], *, with_int8: b
 
     class Wide(compress.linear_quantize_weights):  # type: ignore[misc, name-defined]
         def is_valid_op(self, operation: Any) -> bool:
+            if not super().is_valid_op(operation):
+                return False
             shape = operation.outputs[0].shape
-            return bool(super().is_valid_op(operation)) and not (len(shape) == 4 and shape[1] <= _NARROW)
+            return not (len(shape) == 4 and shape[1] <= _NARROW)
 
     quick, wide = "fastvlm::add_fp16_cast", "fastvlm::linear_quantize_weights"
     registry.register_pass(namespace="fastvlm", name="add_fp16_cast", override=True)(Quick)
@@ -254,10 +249,11 @@ def _narrowing(ct: Any, islands: Islands, passes: Sequence[str], *, with_int8: b
     return pipeline
 
 
-def _origin(exported: ExportedProgram) -> dict[str, str]:
-    """What coremltools writes of a program that it converts at once."""
-    name = "com.github.apple.coremltools.source"
-    return {name: f"torch=={torch.__version__}", f"{name}_dialect": f"TorchExport::{exported.dialect}"}
+def _say_origin(model: Any, exported: ExportedProgram) -> None:
+    """Write what coremltools writes of a program that it converts at once: it took this one for its own."""
+    (entry,) = needs("coreml", "coremltools.converters._converters_entry")
+    del model._spec.mlProgram.attributes["buildInfo"]  # or it would be said twice
+    entry._record_build_metadata(model, "pytorch", source_dialect=f"TorchExport::{exported.dialect}")
 
 
 def _save(model: Any, path: Path) -> None:
