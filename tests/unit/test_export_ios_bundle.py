@@ -18,6 +18,7 @@ from fastvlm.export import ios_bundle
 from fastvlm.export.coreml_convert import Input, traced, write_package
 from fastvlm.export.parts import Request, Source
 from fastvlm.export.run import run
+from fastvlm.export.verify import compare, draw_pictures
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.options import EXPORT_FORMATS, ExportOptions
 
@@ -127,6 +128,51 @@ def test_a_vocabulary_without_the_image_token_is_named(bundle, source):
 
     with pytest.raises(ExportError, match="<image>"):
         ios_bundle.check_bundle(bundle)
+
+
+@pytest.fixture
+def quiet_source(tiny):
+    """A source whose layers say little beside its embeddings: 4 bits do to it what they do to a trained model."""
+
+    def quiet(model):
+        with torch.no_grad():
+            for layer in model.language.layers:
+                layer.self_attn.o_proj.weight.mul_(2**-8)  # exact in bfloat16, too
+                layer.mlp.down_proj.weight.mul_(2**-8)
+        return model
+
+    loaded = checkpoint.load(tiny)
+    quiet(loaded.model)
+    return Source(loaded, lambda: quiet(checkpoint.load(tiny, dtype=torch.float32).model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", EXPORT_FORMATS["ios-bundle"].precisions)
+def test_a_bundle_of_a_small_geometry_is_written_checked_and_computes_what_eager_computes(
+    precision, quiet_source, tmp_path, monkeypatch
+):
+    side = 64
+    borders = {"images": (torch.float32, (1, 3, side, side)), "image_features": (torch.float32, (1, 1, 512))}
+    monkeypatch.setattr(ios_bundle, "SIZE", side)
+    monkeypatch.setattr(ios_bundle, "BORDERS", borders)
+    monkeypatch.setattr(ios_bundle, "is_standard", lambda vision: True)
+    request = Request(precisions=(precision,), image_size=side, has_dynamic_batch=False, with_projector=True)
+
+    num_bytes = ios_bundle.check(quiet_source, request)
+    ios_bundle.write(quiet_source, request, tmp_path)
+
+    def compared():
+        exported = ios_bundle.read(quiet_source, request, tmp_path, precision)
+        return compare(quiet_source, request, exported, draw_pictures(1), precision=precision)
+
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < num_bytes
+    sound = compared()
+    assert sound["failures"] == []
+    assert sound["weights"] == {"compared": 86, "different": []}
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["language_model.model.norm.weight"].neg_()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert any("logits" in failure for failure in compared()["failures"])
 
 
 def test_another_geometry_is_refused_before_anything_is_written(tiny, tmp_path):
