@@ -38,6 +38,7 @@ CHINESE = {
     "colour": ("颜色", "完全正确"),
     "place": ("位置", "完全正确"),
 }
+QUANTIZE = ROOT / "docs" / "quantize.md"
 TRAINING = ROOT / "docs" / "training.md"
 LEARNS = {"full": "all", "lora": "projector; language model by LoRA"}
 SCORED = {
@@ -121,6 +122,8 @@ def documents(folder: Path) -> dict[Path, str]:
     elsewhere = [run for run in runs if run not in here]
     tables = {"memory": _memory(here), "steps": _steps(here), "gpu-steps": _gpu_steps(elsewhere)}
     made[TRAINING] = _put(TRAINING.read_text(encoding="utf-8"), tables)
+    tables = {"agreement": _agreement(folder), "quantize-speed": _quantize_speed(folder)}
+    made[QUANTIZE] = _put(QUANTIZE.read_text(encoding="utf-8"), tables)
     return made
 
 
@@ -132,6 +135,37 @@ def _put(text: str, tables: dict[str, str]) -> str:
         if rest:
             text = f"{before}{begin}\n\n{table}\n\n{end}{rest.partition(end)[2]}"
     return text
+
+
+def _agreement(folder: Path) -> str:
+    """How often nano's answers are those of its floats."""
+    rows = []
+    for path in sorted(folder.glob("quantize-nano-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        route = "compile" if found["options"].get("compile") else "default"
+        margins = [each["margin"] for each in found["differences"]]
+        aim = 97 if found["model"].startswith("nano4") else 99
+        share = 100 * found["num_equal"] / found["num_prompts"]
+        largest = f"{max(margins):.2f}" if margins else ""
+        rows.append(
+            (f"`{found['model']}`", found["dtype"], route, f"{share:.1f} %", f"{aim} %", largest, f"`{path.name}`")
+        )
+    return _rows(("model", "arithmetic", "route", "equal", "aim", "largest margin of the others", "file"), rows)
+
+
+def _quantize_speed(folder: Path) -> str:
+    """A prompt and a token in floats and in fewer bits."""
+    rows = []
+    for path in sorted(folder.glob("quantize-speed-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        floats, first = next(iter(found["medians"].items()))
+        where = found["processor"].replace("(R)", ""), found.get("dtype", floats)
+        for name, each in found["medians"].items():
+            what, _, route = name.partition(" ")
+            prompt = each["prefill_cpu_ms"]
+            times = f"{prompt / first['prefill_cpu_ms']:.2f}"
+            rows.append((*where, what, route or "default", f"{prompt:,.0f}", times, f"{each['token_cpu_ms']:.0f}"))
+    return _rows(("processor", "arithmetic", "weights", "route", "prompt, ms", "times floats", "a token, ms"), rows)
 
 
 def _memory(runs: Iterable[Results]) -> str:
