@@ -14,6 +14,8 @@ import pytest
 import torch
 from filelock import FileLock
 
+from fastvlm.errors import DeviceError
+from fastvlm.native.build import library
 from fastvlm.synth.assets import default_folder, is_complete
 from fastvlm.train.assets import fetch_assets
 from shared.training import conversation, write_rows
@@ -59,6 +61,20 @@ def same_random_numbers():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    """The compiled library, built once for all processes of a run."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    try:
+        with FileLock(root / "kernels.lock"):
+            return library(root / "kernels")
+    except DeviceError as error:
+        if "no C++ compiler" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,8 @@ def test_a_model_with_another_encoder_is_asked_with_its_own(tiny, real_assets, t
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the kernels are built by GCC or Clang")
-def test_compiled_kernels_answer_where_they_are_asked_for(tiny, real_assets, monkeypatch):
+def test_compiled_kernels_answer_where_they_are_asked_for(tiny, real_assets, kernels, monkeypatch):
+    monkeypatch.setattr("fastvlm.accelerate.library", lambda: kernels)
     read, calls = NativeQwen2.forward, []
 
     def counted(self, embeds, *rest):

@@ -15,29 +15,26 @@ from fastvlm.checkpoint.load import load_encoder
 from fastvlm.checkpoint.zoo import resolve
 from fastvlm.config import PRESETS
 from fastvlm.device import Placement
-from fastvlm.errors import DeviceError, InputError
+from fastvlm.errors import InputError
 from fastvlm.model import fold, fused
 from fastvlm.model.byte_ffn import ByteFFN
 from fastvlm.model.compiled import can_multiply_bytes
 from fastvlm.model.fastvlm import FastVLM
 from fastvlm.model.fused import FusedFFN, QuantizedFFN
 from fastvlm.model.quantize import ROW, Packing, QuantizedConv, quantise, quantized_layers, use_floats
-from fastvlm.native.build import find_compiler, library
 from fastvlm.options import QuantizeOptions
 from fastvlm.quantize.run import encoder_packings, quantize
 
 ON_CPU = Placement(device=torch.device("cpu"), dtype=torch.float32)
 
 
-def has_bytes():
-    try:
-        find_compiler()
-    except DeviceError:
-        return False
-    return can_multiply_bytes(library())
-
-
-needs_bytes = pytest.mark.skipif(not has_bytes(), reason="no compiler, or a processor that multiplies no bytes")
+@pytest.fixture
+def multiplying(kernels, monkeypatch):
+    """The library, where it multiplies bytes; models that are compiled take it."""
+    if not can_multiply_bytes(kernels):
+        pytest.skip("this processor multiplies no bytes")
+    monkeypatch.setattr("fastvlm.accelerate.library", lambda: kernels)
+    return kernels
 
 
 def conv_of(matrix, bias=None):
@@ -60,9 +57,9 @@ def in_floats(fc1, fc2, x):
     return F.conv2d(hidden, weights[1], fc2.bias.double())
 
 
-def in_bytes(fc1, fc2, x):
+def in_bytes(kernels, fc1, fc2, x):
     x = x.to(memory_format=torch.channels_last)
-    return ByteFFN(fc1, fc2, library()).add_to(torch.zeros_like(x), x)
+    return ByteFFN(fc1, fc2, kernels).add_to(torch.zeros_like(x), x)
 
 
 def distance(found, expected):
@@ -75,9 +72,8 @@ def folder(tmp_path_factory):
     return quantize(options)
 
 
-@needs_bytes
 @torch.inference_mode()
-def test_whole_numbers_are_multiplied_exactly():
+def test_whole_numbers_are_multiplied_exactly(multiplying):
     """Weights and activations that are bytes already, and values where GELU is the identity: float32 remains."""
     numbers = torch.randint(-127, 128, (48, 16)).float()
     numbers[:, 0] = 127  # so that every scale is 1
@@ -85,23 +81,22 @@ def test_whole_numbers_are_multiplied_exactly():
     x = torch.randint(0, 256, (1, 16, 5, 7)).float()
     x[:, 0], x[:, 1] = 0, 255
 
-    found = in_bytes(fc1, fc2, x)
+    found = in_bytes(multiplying, fc1, fc2, x)
 
     expected = in_floats(fc1, fc2, x)
     assert (found - expected).abs().max() < (expected.max() / 255)  # one step of the hidden layer's bytes
     assert found.unique().numel() > 10
 
 
-@needs_bytes
 @pytest.mark.parametrize(
     "shape", [(32, 128, 3, 3), (96, 384, 20, 15), (36, 100, 1, 1), (512, 2048, 8, 8), (192, 768, 13, 4)], ids=str
 )
 @torch.inference_mode()
-def test_wide_layers_in_bytes_compute_nearly_what_their_floats_compute(shape):
+def test_wide_layers_in_bytes_compute_nearly_what_their_floats_compute(shape, multiplying):
     dim, hidden, height, width = shape
     layers, x = wide(dim, hidden), torch.randn(2, dim, height, width) * 3 + 1
 
-    found = in_bytes(*layers, x)
+    found = in_bytes(multiplying, *layers, x)
 
     assert 0 < distance(found, in_floats(*layers, x)) < 0.012
 
@@ -114,16 +109,15 @@ def rounded(x):
     return ((x / scale[:, None] + zero[:, None]).round().clamp(0, 255) - zero[:, None]) * scale[:, None]
 
 
-@needs_bytes
 @pytest.mark.parametrize("shape", [(32, 128, 50), (36, 100, 13), (192, 768, 100)], ids=str)
 @torch.inference_mode()
-def test_the_kernel_rounds_each_position_to_its_own_range_and_multiplies_exactly(shape):
+def test_the_kernel_rounds_each_position_to_its_own_range_and_multiplies_exactly(shape, multiplying):
     dim, hidden, num_positions = shape
     fc1, fc2 = wide(dim, hidden)
     x = torch.randn(1, dim, 1, num_positions) * torch.rand(num_positions) * 3 + 1
     weights = [conv.floats(torch.float32).double() for conv in (fc1, fc2)]
 
-    found = in_bytes(fc1, fc2, x)[0, :, 0].T
+    found = in_bytes(multiplying, fc1, fc2, x)[0, :, 0].T
 
     inner = F.gelu(rounded(x[0, :, 0].T.double()) @ weights[0].T + fc1.bias.double())
     expected = rounded(inner) @ weights[1].T + fc2.bias.double()
@@ -131,70 +125,66 @@ def test_the_kernel_rounds_each_position_to_its_own_range_and_multiplies_exactly
     assert distance(found, expected) < distance(found, in_floats(fc1, fc2, x)[0, :, 0].T) / 5
 
 
-@needs_bytes
 @torch.inference_mode()
-def test_a_position_whose_activations_are_small_loses_no_more_than_others():
+def test_a_position_whose_activations_are_small_loses_no_more_than_others(multiplying):
     layers, x = wide(96, 384), torch.randn(1, 96, 30, 30)
     x[..., 10:] /= 1000
     layers[0].bias *= 1e-3
     layers[1].bias *= 1e-3
 
-    found, expected = in_bytes(*layers, x), in_floats(*layers, x)
+    found, expected = in_bytes(multiplying, *layers, x), in_floats(*layers, x)
 
     assert distance(found[..., 10:], expected[..., 10:]) < 0.012
 
 
-@needs_bytes
 @torch.inference_mode()
-def test_what_is_added_to_a_skip_is_what_is_computed_without():
+def test_what_is_added_to_a_skip_is_what_is_computed_without(multiplying):
     layers = wide(96, 384)
     x, skip = (torch.randn(1, 96, 10, 30).to(memory_format=torch.channels_last) for _ in range(2))
     total = skip.clone()
 
-    found = ByteFFN(*layers, library()).add_to(total, x)
+    found = ByteFFN(*layers, multiplying).add_to(total, x)
 
-    assert_close(found, skip + in_bytes(*layers, x), rtol=1e-5, atol=1e-5)
+    assert_close(found, skip + in_bytes(multiplying, *layers, x), rtol=1e-5, atol=1e-5)
 
 
-@needs_bytes
 @pytest.mark.parametrize("value", [0.0, 7.0, -7.0, 1e-30])
 @torch.inference_mode()
-def test_positions_that_are_all_equal_are_no_exception(value):
+def test_positions_that_are_all_equal_are_no_exception(value, multiplying):
     layers, x = wide(32, 64), torch.full((1, 32, 1, 5), value)
 
-    assert_close(in_bytes(*layers, x), in_floats(*layers, x).float(), rtol=0.02, atol=0.02 * (1 + abs(value)))
+    assert_close(
+        in_bytes(multiplying, *layers, x), in_floats(*layers, x).float(), rtol=0.02, atol=0.02 * (1 + abs(value))
+    )
 
 
-@needs_bytes
 @pytest.mark.parametrize("damage", [torch.nan, torch.inf, -torch.inf])
 @torch.inference_mode()
-def test_a_number_that_is_none_is_not_hidden_and_stays_where_it_is(damage):
+def test_a_number_that_is_none_is_not_hidden_and_stays_where_it_is(damage, multiplying):
     x = torch.randn(1, 32, 5, 20)
     x[0, 3, 2, 7] = damage
 
-    found = in_bytes(*wide(32, 64), x)
+    found = in_bytes(multiplying, *wide(32, 64), x)
 
     assert found[0, :, 2, 7].isnan().all()
     assert found.isnan().sum() == 32
 
 
-@needs_bytes
 @torch.inference_mode()
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_the_number_of_threads_and_whose_they_are_changes_nothing(num_threads, monkeypatch):
+def test_the_number_of_threads_and_whose_they_are_changes_nothing(num_threads, monkeypatch, multiplying):
     layers, x = wide(96, 384), torch.randn(1, 96, 40, 30).to(memory_format=torch.channels_last)
-    expected = in_bytes(*layers, x)
-    ffn = ByteFFN(*layers, library())
+    expected = in_bytes(multiplying, *layers, x)
+    ffn = ByteFFN(*layers, multiplying)
     monkeypatch.setattr(ffn, "_parallel", None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
 
     assert torch.equal(ffn.add_to(torch.zeros_like(x), x), expected)
 
 
-@needs_bytes
 @pytest.mark.parametrize("size", [(1, 3, 384, 384), (2, 3, 128, 192)], ids=str)
 @torch.inference_mode()
-def test_features_of_nano_in_bytes_are_near_those_in_floats(folder, size):
+def test_features_of_nano_in_bytes_are_near_those_in_floats(folder, size, multiplying):
     exact, rounded = (
         accelerate(checkpoint.load(each, dtype=torch.float32).model, ON_CPU, is_compiled=True).vision
         for each in (resolve("nano"), folder)
@@ -208,9 +198,8 @@ def test_features_of_nano_in_bytes_are_near_those_in_floats(folder, size):
     assert F.cosine_similarity(found, expected, dim=-1).mean() > 0.999
 
 
-@needs_bytes
 @torch.inference_mode()
-def test_a_picture_of_a_batch_has_the_features_that_it_has_alone(folder):
+def test_a_picture_of_a_batch_has_the_features_that_it_has_alone(folder, multiplying):
     vision = accelerate(checkpoint.load(folder, dtype=torch.float32).model, ON_CPU, is_compiled=True).vision
     pixels = torch.stack([torch.rand(3, 384, 384), torch.rand(3, 384, 384) / 50])
     pixels = pixels.to(memory_format=torch.channels_last)
@@ -225,7 +214,7 @@ def test_a_picture_of_a_batch_has_the_features_that_it_has_alone(folder):
 
 @pytest.mark.parametrize("why", ["not compiled", "bfloat16", "openvino"])
 @torch.inference_mode()
-def test_where_bytes_are_not_multiplied_the_encoder_is_what_its_floats_are(folder, why):
+def test_where_bytes_are_not_multiplied_the_encoder_is_what_its_floats_are(folder, why, request):
     if why == "openvino":
         pytest.importorskip("openvino")
     placement = Placement(device=torch.device("cpu"), dtype=torch.bfloat16 if why == "bfloat16" else torch.float32)
@@ -233,7 +222,9 @@ def test_where_bytes_are_not_multiplied_the_encoder_is_what_its_floats_are(folde
     use_floats(floats.vision)
     pixels = torch.rand(1, 3, 128, 128).to(placement.dtype).to(memory_format=torch.channels_last)
 
-    is_compiled = why == "bfloat16" and has_bytes()
+    is_compiled = why == "bfloat16"
+    if is_compiled:
+        request.getfixturevalue("multiplying")
     found = accelerate(model, placement, is_compiled=is_compiled, engine="openvino" if why == "openvino" else "torch")
     expected = accelerate(floats, placement).vision
 
@@ -242,11 +233,11 @@ def test_where_bytes_are_not_multiplied_the_encoder_is_what_its_floats_are(folde
     assert distance(found.vision(pixels), expected(pixels)) < 1e-4
 
 
-def test_numbers_whose_zero_lies_elsewhere_become_floats(folder):
+def test_numbers_whose_zero_lies_elsewhere_become_floats(folder, multiplying):
     model = checkpoint.load(folder, dtype=torch.float32).model
     model.vision.stages[0].blocks[0].mlp.fc1.biases += 1e-3
 
-    vision = accelerate(model, ON_CPU, is_compiled=has_bytes()).vision
+    vision = accelerate(model, ON_CPU, is_compiled=True).vision
 
     assert not any(isinstance(module, QuantizedFFN) for module in vision.modules())
     assert not quantized_layers(vision)
@@ -254,7 +245,7 @@ def test_numbers_whose_zero_lies_elsewhere_become_floats(folder):
 
 
 @torch.inference_mode()
-def test_half_a_pair_in_bytes_becomes_floats(folder):
+def test_half_a_pair_in_bytes_becomes_floats(folder, multiplying):
     model = checkpoint.load(folder, dtype=torch.float32).model
     ffn = model.vision.stages[0].blocks[0].mlp
     ffn.fc2 = ffn.fc2.as_floats()
@@ -262,7 +253,7 @@ def test_half_a_pair_in_bytes_becomes_floats(folder):
     use_floats(expected.vision)
     pixels = torch.rand(1, 3, 128, 128).to(memory_format=torch.channels_last)
 
-    found = accelerate(model, ON_CPU, is_compiled=has_bytes()).vision
+    found = accelerate(model, ON_CPU, is_compiled=True).vision
 
     assert not quantized_layers(found)
     assert distance(found(pixels), accelerate(expected, ON_CPU).vision(pixels)) < 1e-4

@@ -28,16 +28,6 @@ CONFIG = LanguageConfig(dim=64, num_layers=3, num_heads=4, num_kv_heads=2, mlp_d
 ODD = LanguageConfig(dim=44, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=50, vocab_size=37, tied=False)
 
 
-@pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    try:
-        return build.library(tmp_path_factory.mktemp("native"))
-    except DeviceError as error:
-        if "no C++ compiler" in str(error):
-            pytest.skip(str(error))
-        raise
-
-
 def language_of(config, dtype=torch.float32):
     torch.manual_seed(0)
     language = Qwen2(config)
