@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from fastvlm import checkpoint
@@ -126,18 +127,38 @@ def test_lengths_of_graphs(num_tokens, length):
     assert length_of_graph(num_tokens) == length
 
 
-def test_the_encoder_in_matrix_products_equals_its_own():
+class Operators:
+    """What Triton's kernels compute, by PyTorch's operators."""
+
+    @staticmethod
+    def depthwise(x, weight, bias, *, stride, has_act, outside=None):
+        margin, (num_out, num_in) = len(weight) // 2, (weight.shape[2], x.shape[1])
+        around = torch.zeros(num_in) if outside is None else outside
+        padded = F.pad(x - around[:, None, None], (margin,) * 4) + around[:, None, None]
+        y = F.conv2d(padded, weight.permute(2, 0, 1)[:, None], bias, stride, groups=num_in)
+        return (F.gelu(y) if has_act else y).contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def convolve(x, weight, bias, *, kernel, stride, has_act):
+        y = F.conv2d(x, weight.unflatten(0, (kernel, kernel, -1)).permute(3, 2, 0, 1), bias, stride, kernel // 2)
+        return (F.gelu(y) if has_act else y).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kernels", [None, Operators])
+def test_the_encoder_in_matrix_products_equals_its_own(kernels):
     vision = fold.for_inference(checkpoint.load(resolve("nano"), dtype=torch.float32).model).vision
     pixels = torch.rand(2, 3, 128, 192)
+    before = pixels.clone()
     with torch.inference_mode():
         wanted = vision(pixels)
-        graphed = gpu_vision.GraphedVision(gpu_vision.fuse(vision, None))
+        graphed = gpu_vision.GraphedVision(gpu_vision.fuse(vision, kernels))
 
         assert_close(graphed(pixels), wanted, rtol=1e-4, atol=1e-4)
         assert_close(graphed(pixels.repeat(3, 1, 1, 1)), wanted.repeat(3, 1, 1), rtol=1e-4, atol=1e-4)
 
+    assert torch.equal(pixels, before)
     assert Unrecorded.made == 1  # many pictures need no graph
-    left = [m for m in vision.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
+    left = [m for m in vision.modules() if isinstance(m, nn.Conv2d) and (kernels or m.kernel_size == (1, 1))]
     assert all(m in list(vision.final_conv.modules()) for m in left)
 
 

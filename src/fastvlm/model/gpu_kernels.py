@@ -26,8 +26,8 @@ def _gelu(x):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _depthwise(  # type: ignore[no-untyped-def] # noqa: ANN202, PLR0913
-    x, weight, bias, y, H, W, C, OH, OW,  # noqa: ANN001
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, WIDER: tl.constexpr, ACT: tl.constexpr,
+    x, weight, bias, outside, y, H, W, C, OH, OW,  # noqa: ANN001
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, WIDER: tl.constexpr, ACT: tl.constexpr, HAS_OUTSIDE: tl.constexpr,
     BW: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """BW x BC outputs in each of up to four rows: what is loaded of a row serves all of them."""
@@ -45,6 +45,8 @@ def _depthwise(  # type: ignore[no-untyped-def] # noqa: ANN202, PLR0913
     a1 = a0
     a2 = a0
     a3 = a0
+    if HAS_OUTSIDE:
+        margins = tl.load(outside + source, mask=is_c, other=0.0)[None, :]
     for i in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
         iy = oy * STRIDE + i - margin
         is_y = (iy >= 0) & (iy < H)
@@ -53,6 +55,8 @@ def _depthwise(  # type: ignore[no-untyped-def] # noqa: ANN202, PLR0913
             mask = (is_y & (ix >= 0) & (ix < W))[:, None] & is_c[None, :]
             offset = (picture * H + iy) * W * num_in + ix[:, None] * num_in + source[None, :]
             v = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+            if HAS_OUTSIDE:
+                v = tl.where(mask, v, margins)
             if i < KERNEL:
                 a0 += v * tl.load(weight + (i * KERNEL + j) * C + c, mask=is_c, other=0.0)[None, :]
             if ROWS > 1 and i >= STRIDE and i - STRIDE < KERNEL:
@@ -77,7 +81,9 @@ def _depthwise(  # type: ignore[no-untyped-def] # noqa: ANN202, PLR0913
         tl.store(out + 3 * OW * C, a3.to(y.dtype.element_ty), mask=is_in & (oy + 3 < OH))
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, has_act: bool) -> Tensor:
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, has_act: bool, outside: Tensor | None = None
+) -> Tensor:
     """Convolve each channel with its own kernel, and GELU where asked for.
 
     Args:
@@ -86,6 +92,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, has_act: 
         bias: `(C',)` in float32.
         stride: In both directions; half the kernel is padded.
         has_act: Whether GELU follows.
+        outside: `(C,)` in float32, what lies around the map; zeros by default.
 
     Returns:
         `(P, C', H', W')`, channels_last.
@@ -99,9 +106,69 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, has_act: 
     rows, columns, channels = 4, 8, 64
     grid = (triton.cdiv(wide, columns) * triton.cdiv(high, rows), triton.cdiv(num_out, channels), num_images)
     _depthwise[grid](
-        x, weight, bias, y, height, width, num_out, high, wide,
-        KERNEL=kernel, STRIDE=stride, WIDER=num_out // num_in, ACT=has_act,
+        x, weight, bias, bias if outside is None else outside, y, height, width, num_out, high, wide,
+        KERNEL=kernel, STRIDE=stride, WIDER=num_out // num_in, ACT=has_act, HAS_OUTSIDE=outside is not None,
         BW=columns, BC=channels, ROWS=rows, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _convolve(  # type: ignore[no-untyped-def] # noqa: ANN202, PLR0913
+    x, weight, bias, y, H, W, N, OH, OW,  # noqa: ANN001
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, INPUTS: tl.constexpr, ACT: tl.constexpr,
+    BW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """BW columns of a row and BN channels, as one product over what a kernel sees, which BK holds."""
+    tiles = tl.cdiv(OW, BW)
+    at = tl.program_id(0)
+    ox = (at % tiles) * BW + tl.arange(0, BW)
+    oy = at // tiles
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    picture = tl.program_id(2).to(tl.int64)
+    k = tl.arange(0, BK)
+    i = k // (INPUTS * KERNEL)
+    iy = oy * STRIDE + i - KERNEL // 2
+    ix = (ox * STRIDE)[:, None] + (k // INPUTS % KERNEL - KERNEL // 2)[None, :]
+    is_n = n < N
+    is_in = ((i < KERNEL) & (iy >= 0) & (iy < H))[None, :] & (ix >= 0) & (ix < W)
+    offset = ((picture * H + iy[None, :]) * W + ix) * INPUTS + (k % INPUTS)[None, :]
+    seen = tl.load(x + offset, mask=is_in, other=0.0)
+    matrix = tl.load(weight + k[:, None] * N + n[None, :], mask=(i < KERNEL)[:, None] & is_n[None, :], other=0.0)
+    total = tl.dot(seen, matrix, input_precision="ieee")
+    total += tl.load(bias + n, mask=is_n, other=0.0)[None, :]
+    if ACT:
+        total = _gelu(total)
+    out = y + ((picture * OH + oy) * OW + ox[:, None]) * N + n[None, :]
+    tl.store(out, total.to(y.dtype.element_ty), mask=(ox < OW)[:, None] & is_n[None, :])
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, kernel: int, stride: int, has_act: bool) -> Tensor:
+    """Convolve few channels, such as a picture's three, into many, and GELU where asked for.
+
+    Args:
+        x: `(P, C, H, W)`, channels_last.
+        weight: `(k * k * C, C')`, like `x`; a row for each row, column and channel that a kernel sees.
+        bias: `(C',)` in float32.
+        kernel: Its side `k`.
+        stride: In both directions; half the kernel is padded.
+        has_act: Whether GELU follows.
+
+    Returns:
+        `(P, C', H', W')`, channels_last.
+    """
+    num_images, num_in, height, width = x.shape
+    num_out = weight.shape[1]
+    high, wide = (height + stride - 1) // stride, (width + stride - 1) // stride
+    y = torch.empty(
+        (num_images, num_out, high, wide), device=x.device, dtype=x.dtype, memory_format=torch.channels_last
+    )
+    columns, channels = 64, 32
+    grid = (triton.cdiv(wide, columns) * high, triton.cdiv(num_out, channels), num_images)
+    _convolve[grid](
+        x, weight, bias, y, height, width, num_out, high, wide,
+        KERNEL=kernel, STRIDE=stride, INPUTS=num_in, ACT=has_act,
+        BW=columns, BN=channels, BK=max(16, triton.next_power_of_2(len(weight))), num_warps=4,
     )  # fmt: skip
     return y
 

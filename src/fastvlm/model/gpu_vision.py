@@ -3,7 +3,8 @@
 A map in channels_last is a matrix with a row for each position, so a 1 x 1 convolution is one product; in bfloat16 and
 float16 cuBLAS adds the bias and GELU (in its tanh form, which differs from the exact one by less than these formats
 do) before the result is written. With Triton's kernels (`gpu_kernels`) the depthwise convolutions, which are cuDNN's
-slowest, are ours. A CUDA graph then starts all kernels at once.
+slowest, and the stem's first are ours, and most skips are added by the product before them. A CUDA graph then starts
+all kernels at once.
 
 Letters: `P` images, `H, W` pixels, `h, w` feature grid, `N = h * w`, `C` channels.
 """
@@ -18,9 +19,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvlm.model.gpu_graphs import Captured, capture
-from fastvlm.model.vision import ConvFFN, FastViTHD, LargeKernel, MobileOne, PositionalEncoding, RepMixer
+from fastvlm.model.vision import (
+    ConvFFN,
+    FastViTHD,
+    LargeKernel,
+    MobileOne,
+    PositionalEncoding,
+    RepMixer,
+    RepMixerBlock,
+)
 
 _HALVES: Final = (torch.bfloat16, torch.float16)
+_MOST_SEEN: Final = 32
+"""Inputs of a whole convolution that is ours: three channels of 3 x 3, the stem's."""
 _MOST_PICTURES: Final = 4
 """More at once keep the GPU busy without a graph, whose memory stays taken."""
 _MOST_SIZES: Final = 4
@@ -39,6 +50,8 @@ def fuse(vision: FastViTHD, kernels: ModuleType | None) -> FastViTHD:
 
 def _exchanged(module: nn.Module, kernels: ModuleType | None) -> nn.Module | None:
     """A faster module that computes the same, if there is one."""
+    if kernels is not None and isinstance(module, RepMixerBlock):
+        return FusedMixerBlock(module, kernels)
     if isinstance(module, ConvFFN):
         return FusedFFN(module, kernels)
     if isinstance(module, RepMixer | PositionalEncoding | LargeKernel | MobileOne):
@@ -50,7 +63,14 @@ def _exchanged(module: nn.Module, kernels: ModuleType | None) -> nn.Module | Non
             return Pointwise(conv, has_gelu=has_gelu)
         if kernels is not None and conv.groups == conv.in_channels:
             return Depthwise(conv, kernels, has_gelu=has_gelu)
+        if kernels is not None and conv.groups == 1 and conv.weight[0].numel() <= _MOST_SEEN:
+            return Convolution(conv, kernels, has_gelu=has_gelu)
     return None
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """A map `(P, C, h, w)` in channels_last as rows `(P h w, C)`, in the same memory."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 class Pointwise(nn.Module):
@@ -65,8 +85,8 @@ class Pointwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(P, C, h, w)` to `(P, C', h, w)`."""
-        num_images, dim, height, width = x.shape
-        rows = x.permute(0, 2, 3, 1).reshape(-1, dim)  # (P h w, C), free of copies
+        num_images, _, height, width = x.shape
+        rows = rows_of(x)
         if not self.has_gelu:
             rows = torch.addmm(self.bias, rows, self.weight.t())
         elif rows.dtype in _HALVES:
@@ -77,23 +97,84 @@ class Pointwise(nn.Module):
 
 
 class Depthwise(nn.Module):
-    """A convolution of each channel with a kernel of its own, perhaps with GELU, by Triton's kernel."""
+    """A convolution of each channel with a kernel of its own, perhaps with GELU, by Triton's kernel.
+
+    With `raised` `(C,)` it takes a map that lies so much higher, and gives what it gives of the map itself.
+    """
 
     weight: Tensor
     bias: Tensor
+    outside: Tensor | None
 
-    def __init__(self, conv: nn.Conv2d, kernels: ModuleType, *, has_gelu: bool = False) -> None:
+    def __init__(
+        self, conv: nn.Conv2d, kernels: ModuleType, *, has_gelu: bool = False, raised: Tensor | None = None
+    ) -> None:
         super().__init__()
         assert conv.bias is not None
         self.stride, self.has_gelu, self._kernels = conv.stride[0], has_gelu, kernels
         weight = conv.weight.detach().float()[:, 0].permute(1, 2, 0).contiguous()  # (k, k, C')
+        bias = conv.bias.detach().float()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias if raised is None else bias - raised * weight.sum((0, 1)), persistent=False)
+        self.register_buffer("outside", raised, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(P, C, h, w)` to `(P, C', h', w')`."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self._kernels.depthwise(
+            x, self.weight, self.bias, stride=self.stride, has_act=self.has_gelu, outside=self.outside
+        )
+
+
+class Convolution(nn.Module):
+    """A convolution of few channels, perhaps with GELU, by Triton's kernel."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d, kernels: ModuleType, *, has_gelu: bool) -> None:
+        super().__init__()
+        assert conv.bias is not None
+        self.kernel, self.stride = conv.kernel_size[0], conv.stride[0]
+        self.has_gelu, self._kernels = has_gelu, kernels
+        weight = conv.weight.detach().permute(2, 3, 1, 0).flatten(0, 2).contiguous()  # (k k C, C')
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", conv.bias.detach().float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(P, C, h, w)` to `(P, C', h', w')`."""
         x = x.contiguous(memory_format=torch.channels_last)
-        return self._kernels.depthwise(x, self.weight, self.bias, stride=self.stride, has_act=self.has_gelu)
+        return self._kernels.convolve(
+            x, self.weight, self.bias, kernel=self.kernel, stride=self.stride, has_act=self.has_gelu
+        )
+
+
+class FusedMixerBlock(nn.Module):
+    """A RepMixerBlock whose last product adds to what it skips.
+
+    cuBLAS adds a product to a matrix that is there, but then no bias. So the mixer's bias adds that of the last product
+    as well, and the convolution behind the mixer takes it off again.
+    """
+
+    def __init__(self, block: RepMixerBlock, kernels: ModuleType) -> None:
+        super().__init__()
+        mixer, ffn = block.token_mixer.reparam_conv, block.mlp
+        assert mixer is not None
+        assert isinstance(ffn.conv, nn.Conv2d)
+        assert ffn.fc2.bias is not None
+        raised = ffn.fc2.bias.detach().float()
+        self.mixer = Depthwise(mixer, kernels)
+        self.mixer.bias = self.mixer.bias + raised
+        self.conv = Depthwise(ffn.conv, kernels, raised=raised)
+        self.fc1 = Pointwise(ffn.fc1, has_gelu=True)
+        self.weight = nn.Parameter(ffn.fc2.weight.detach()[:, :, 0, 0], requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(P, C, h, w)` to the same."""
+        x = self.mixer(x)
+        hidden = self.fc1(self.conv(x))
+        rows_of(x).addmm_(rows_of(hidden), self.weight.t())
+        return x
 
 
 class FusedFFN(nn.Module):
