@@ -132,7 +132,7 @@ class Operators:
 
     @staticmethod
     def depthwise(x, weight, bias, *, stride, has_act, outside=None):
-        margin, (num_out, num_in) = len(weight) // 2, (weight.shape[2], x.shape[1])
+        margin, num_in = len(weight) // 2, x.shape[1]
         around = torch.zeros(num_in) if outside is None else outside
         padded = F.pad(x - around[:, None, None], (margin,) * 4) + around[:, None, None]
         y = F.conv2d(padded, weight.permute(2, 0, 1)[:, None], bias, stride, groups=num_in)

@@ -81,7 +81,7 @@ def _depthwise(  # type: ignore[no-untyped-def] # noqa: ANN202, PLR0913
         tl.store(out + 3 * OW * C, a3.to(y.dtype.element_ty), mask=is_in & (oy + 3 < OH))
 
 
-def depthwise(
+def depthwise(  # noqa: PLR0913  (a convolution is described by its shape)
     x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, has_act: bool, outside: Tensor | None = None
 ) -> Tensor:
     """Convolve each channel with its own kernel, and GELU where asked for.
@@ -143,7 +143,9 @@ def _convolve(  # type: ignore[no-untyped-def] # noqa: ANN202, PLR0913
     tl.store(out, total.to(y.dtype.element_ty), mask=(ox < OW)[:, None] & is_n[None, :])
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, *, kernel: int, stride: int, has_act: bool) -> Tensor:
+def convolve(  # noqa: PLR0913  (a convolution is described by its shape)
+    x: Tensor, weight: Tensor, bias: Tensor, *, kernel: int, stride: int, has_act: bool
+) -> Tensor:
     """Convolve few channels, such as a picture's three, into many, and GELU where asked for.
 
     Args:
