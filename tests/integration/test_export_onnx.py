@@ -10,7 +10,9 @@ import torch
 
 from fastvlm import cli
 from fastvlm.checkpoint.load import load
-from fastvlm.export.parts import Request, Source
+from fastvlm.export.graphs import Decoder, HalfEncoder
+from fastvlm.export.onnx import trace_decoder, trace_encoder
+from fastvlm.export.parts import ImageEncoder, Request, Source
 from fastvlm.model import fold
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -91,6 +93,39 @@ def test_weights_that_are_written_are_let_go_of(name, precision, tiny, tmp_path)
     import_module(f"fastvlm.export.{name}").write(source, request, tmp_path)
 
     assert before <= weights_in_memory() < 1.01 * before
+
+
+def parts_of(graph):
+    """Each operation with what it reads and makes, and each constant."""
+    nodes = [
+        (node.op_type, [value and value.name for value in node.inputs], [value.name for value in node.outputs])
+        for node in graph.graph
+    ]
+    return nodes, {name: value.const_value.shape for name, value in graph.graph.initializers.items()}
+
+
+@pytest.mark.parametrize("batch", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_graphs_are_those_that_all_rules_of_the_exporter_make(dtype, batch, tiny, monkeypatch):
+    optimizer = import_module("onnxscript.optimizer")
+    model = fold.for_inference(load(tiny, dtype=torch.float32).model)
+    side, config = model.config.vision.image_size, model.config.language
+    request = Request(precisions=("fp32",), image_size=side, has_dynamic_batch=batch, with_projector=True)
+    is_half = dtype == torch.float16
+    encoder = HalfEncoder(model, ["stem"], with_projector=True) if is_half else ImageEncoder(model, with_projector=True)
+    decoder = Decoder(model.language.to(dtype))
+
+    def traced():
+        return [parts_of(each) for each in (trace_encoder(encoder, request), trace_decoder(decoder, config))]
+
+    ours = traced()
+    monkeypatch.setattr("fastvlm.export.onnx.simplify", optimizer.optimize)
+    theirs = traced()
+
+    assert ours == theirs
+    assert not {"Identity", "Constant", "SplitToSequence", "CastLike"} & {
+        node[0] for nodes, _ in ours for node in nodes
+    }
 
 
 def test_names_are_those_of_onnx_community(folder):

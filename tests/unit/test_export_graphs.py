@@ -104,6 +104,13 @@ def test_a_value_that_is_no_number_has_an_infinite_magnitude(values, expected):
     assert magnitude(torch.tensor(values)) == expected
 
 
+def test_a_magnitude_does_not_depend_on_how_a_tensor_lies_in_memory():
+    x = torch.arange(-30.0, 18).reshape(1, 4, 3, 4)
+
+    for other in (x, x.to(memory_format=torch.channels_last), x.transpose(1, 3), x[:, ::2], x.expand(2, 4, 3, 4)):
+        assert magnitude(other) == 30
+
+
 @torch.inference_mode()
 def test_a_part_whose_values_are_no_numbers_stays_in_float32(model):
     broken = deepcopy(model)

@@ -107,14 +107,15 @@ def compensated(weight: Array, factors: Sequence[Array]) -> Packed:
         for first in range(start, end, BLOCK):
             last, at = first + BLOCK, first - start
             block, inside = values[first:last], factor[at : at + BLOCK, at : at + BLOCK]
-            scale, zero = (each[:, 0, 0] for each in choose(np.ascontiguousarray(block.T)[:, None], _TOP))  # (N,)
+            scale, zero = choose(block, _TOP)  # (N,)
             errors = np.empty_like(block)
             for column, value in enumerate(block):
                 number = rounded(value, scale, zero, _TOP)
                 numbers[first + column] = number
                 errors[column] = (value - (number - zero) * scale) / inside[column, column]
                 block[column + 1 :] -= inside[column, column + 1 :, None] * errors[column]
-            values[last:end] -= factor[at : at + BLOCK, at + BLOCK :].T @ errors
+            later = torch.from_numpy(values[last:end])
+            later.addmm_(torch.from_numpy(factor[at : at + BLOCK, at + BLOCK :]).T, torch.from_numpy(errors), alpha=-1)
             scales[first // BLOCK], zeros[first // BLOCK] = scale, zero
     blocks = np.ascontiguousarray(numbers.T).reshape(num_rows, -1, BLOCK)
     return Packed(4, nibbles(blocks), np.ascontiguousarray(scales.T), nibbles(np.ascontiguousarray(zeros.T)))

@@ -137,7 +137,8 @@ def magnitude(x: Tensor) -> float:
     """The largest magnitude in a tensor; infinite where a value is no number, which Python's `max` would drop."""
     if not x.numel():
         return 0.0
-    least, most = (float(end) for end in x.aminmax())
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)  # as it lies in memory: any other is copied before
+    least, most = (float(end) for end in x.permute(order).aminmax())
     return math.inf if math.isnan(least) or math.isnan(most) else max(-least, most)
 
 
@@ -161,7 +162,7 @@ def find_islands(model: FastVLM, pixels: Sequence[Tensor]) -> dict[str, float]:
     try:
         for batch in pixels:
             weight = model.projector.fc1.weight
-            model.encode(batch.to(weight.device, weight.dtype))
+            model.encode(batch.to(weight.device, weight.dtype, memory_format=torch.channels_last))
     finally:
         for handle in handles:
             handle.remove()

@@ -38,6 +38,7 @@ from fastvlm.export.parts import (
     needs,
     versions,
 )
+from fastvlm.export.simplify import simplify
 from fastvlm.export.verify import draw_pictures
 from fastvlm.image import to_pixels
 from fastvlm.model.fastvlm import FastVLM
@@ -259,8 +260,10 @@ def _trace(
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
+            optimize=False,
         )
     assert program is not None
+    simplify(program.model)
     return program.model
 
 

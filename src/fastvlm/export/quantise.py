@@ -133,33 +133,54 @@ def _pack_rows(weight: Array, bits: int) -> tuple[Array, Array, Array]:
     values[:, :width] = weight
     values = values.reshape(num_rows, blocks, BLOCK)
     top = 2**bits - 1
-    scale, zero = choose(values, top)
-    stored = rounded(values, scale, zero, top).astype(np.uint8)
-    zeros = zero[:, :, 0].astype(np.uint8)
-    return (stored, scale[:, :, 0], zeros) if bits == 8 else (nibbles(stored), scale[:, :, 0], nibbles(zeros))
+    scale, zero = choose(np.moveaxis(values, 2, 0), top)
+    stored = rounded(values, scale[..., None], zero[..., None], top).astype(np.uint8)
+    zeros = zero.astype(np.uint8)
+    return (stored, scale, zeros) if bits == 8 else (nibbles(stored), scale, nibbles(zeros))
 
 
 def choose(values: Array, top: int) -> tuple[Array, Array]:
-    """Choose scale and zero point of each block `(N, blocks, BLOCK)`, for numbers up to `top`: each `(N, blocks, 1)`.
+    """Choose scale and zero point of each block `(BLOCK, ...)`, for numbers up to `top`: each `(...)`.
 
     With 4 bits the range is shrunk to where the squared error is least.
     """
-    low = np.minimum(values.min(2, keepdims=True), 0)
-    high = np.maximum(values.max(2, keepdims=True), 0)
+    low, high = np.minimum(values.min(0), 0), np.maximum(values.max(0), 0)
+    if top == 255:
+        return _grid(low, high, top)
     best = [np.full_like(low, np.inf), np.ones_like(low), np.zeros_like(low)]  # error, scale, zero point
-    for shrink in _SHRINK if top < 255 else _SHRINK[:1]:
-        scale = (high - low) * np.float32(shrink / top)
-        scale[scale == 0] = 1
-        zero = np.clip(np.rint(-low * shrink / scale), 0, top)
-        error = np.square((rounded(values, scale, zero, top) - zero) * scale - values).sum(2, keepdims=True)
+    for shrink in _SHRINK:
+        scale, zero = _grid(low, high, top, shrink)
+        errors = rounded(values, scale, zero, top)
+        errors -= zero
+        errors *= scale
+        errors -= values
+        error = _sum(np.square(errors, out=errors))
         is_better = error < best[0]
         best = [np.where(is_better, new, old) for new, old in zip((error, scale, zero), best, strict=True)]
     return best[1], best[2]
 
 
+def _grid(low: Array, high: Array, top: int, shrink: float = 1.0) -> tuple[Array, Array]:
+    """Scale and zero point of blocks that reach from `low` to `high`, made narrower."""
+    scale = (high - low) * np.float32(shrink / top)
+    scale[scale == 0] = 1
+    return scale, np.clip(np.rint(-low * shrink / scale), 0, top)
+
+
+def _sum(values: Array) -> Array:
+    """Sum blocks `(BLOCK, ...)` in the order in which NumPy sums what lies side by side, without laying it so."""
+    parts = values.reshape(BLOCK // 8, 8, *values.shape[1:]).sum(0)
+    while len(parts) > 1:
+        parts = parts[::2] + parts[1::2]
+    return parts[0]
+
+
 def rounded(values: Array, scale: Array, zero: Array, top: int) -> Array:
     """The nearest number from 0 to `top` to each value, as floats."""
-    return np.clip(np.rint(values / scale) + zero, 0, top)
+    numbers = values / scale
+    np.rint(numbers, out=numbers)
+    numbers += zero
+    return np.clip(numbers, 0, top, out=numbers)
 
 
 def nibbles(values: Array) -> Array:
