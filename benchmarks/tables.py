@@ -40,6 +40,21 @@ CHINESE = {
 }
 QUANTIZE = ROOT / "docs" / "quantize.md"
 TRAINING = ROOT / "docs" / "training.md"
+ABLATION_HEADS = {"ablation-tokens": ("pixels", "tokens", "the paper, Avg-5"), "ablation-stage": ("run",)}
+ABLATION: dict[
+    str, dict[str, tuple[Any, ...]]
+] = {  # of each table, the files and how their rows begin; the paper's column is of its figure 1a
+    "ablation-tokens": {
+        "16-tokens": (256, 16, "48.4 (256 px, 16 tokens)"),
+        "36-tokens": (384, 36, "-"),
+        "64-tokens": (512, 64, "52.5 (512 px, 64 tokens)"),
+    },
+    "ablation-stage": {
+        "stage-1": ("stage 1: the projector alone, 150 steps",),
+        "with-stage-1": ("then all, 450 steps",),
+        "without-stage-1": ("all from the beginning, 600 steps",),
+    },
+}
 LEARNS = {"full": "all", "lora": "projector; language model by LoRA"}
 SCORED = {
     ROOT / "README.md": ENGLISH,
@@ -120,7 +135,7 @@ def documents(folder: Path) -> dict[Path, str]:
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("train-*.json"))]
     here = [run for run in runs if run["settings"].get("device", "cpu") == "cpu"]
     elsewhere = [run for run in runs if run not in here]
-    tables = {"memory": _memory(here), "steps": _steps(here), "gpu-steps": _gpu_steps(elsewhere)}
+    tables = {"memory": _memory(here), "steps": _steps(here), "gpu-steps": _gpu_steps(elsewhere), **_ablation(folder)}
     made[TRAINING] = _put(TRAINING.read_text(encoding="utf-8"), tables)
     tables = {"agreement": _agreement(folder), "quantize-speed": _quantize_speed(folder)}
     made[QUANTIZE] = _put(QUANTIZE.read_text(encoding="utf-8"), tables)
@@ -199,6 +214,20 @@ def _steps(runs: Iterable[Results]) -> str:
         )
     head = ("model", "seconds of the clock, ours and theirs", "times as fast", "by processors' seconds", "peak memory")
     return _rows(head, rows)
+
+
+def _ablation(folder: Path) -> dict[str, str]:
+    """Scores of short runs that differ in one thing: one run a row."""
+    tables = {}
+    for name, labels in ABLATION.items():
+        rows = []
+        for stem, label in labels.items():
+            found = json.loads((folder / f"ablation-{stem}.json").read_text(encoding="utf-8"))
+            scores = {task["task"]: f"{100 * task['score']:.1f}" for task in found["tasks"]}
+            rows.append((*label, *(scores[task] for task in ENGLISH if task != "head")))
+        words = [ENGLISH[task][0] for task in ENGLISH if task != "head"]
+        tables[name] = _rows((*ABLATION_HEADS[name], *words), rows)
+    return tables
 
 
 def _gpu_steps(runs: Iterable[Results]) -> str:

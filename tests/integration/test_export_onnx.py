@@ -3,6 +3,7 @@
 import gc
 import json
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +127,15 @@ def test_graphs_are_those_that_all_rules_of_the_exporter_make(dtype, batch, tiny
     assert not {"Identity", "Constant", "SplitToSequence", "CastLike"} & {
         node[0] for nodes, _ in ours for node in nodes
     }
+
+
+def test_files_do_not_say_where_the_code_that_made_them_lies(folder):
+    package = str(Path(torch.__file__).parent).encode()
+
+    for path in (folder / "onnx").iterdir():
+        content = path.read_bytes()
+        assert b"stack_trace" not in content
+        assert package not in content
 
 
 def test_names_are_those_of_onnx_community(folder):

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 
 from fastvlm.benchmark import costs
-from fastvlm.benchmark.record import facts, keep, load_average, route_of
+from fastvlm.benchmark.record import facts, keep, load_average, route_of, stem
 from fastvlm.benchmark.spread import slope, summaries, summary
 from fastvlm.benchmark.subject import (
     check_here,
@@ -87,9 +87,8 @@ def run(options: BenchLatencyOptions, *, command: Sequence[str], report: Callabl
         },
         "results": found,
     }
-    route = route_of(loading).replace("+", "-")
-    stem = "-".join(["latency", label(loading.model), *([] if route == "default" else [route])])
-    if path := keep(results, options.output, stem):
+    name = stem("latency", label(loading.model), image_size=options.image_size, route=route_of(loading))
+    if path := keep(results, options.output, name):
         report(f"written to {path}")
     return results
 

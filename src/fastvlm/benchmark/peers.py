@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastvlm.benchmark import costs
-from fastvlm.benchmark.record import facts, keep, load_average
+from fastvlm.benchmark.record import facts, keep, load_average, stem
 from fastvlm.benchmark.spread import summaries
 from fastvlm.benchmark.subject import (
     AFTER,
@@ -141,7 +141,8 @@ def run(options: BenchPeersOptions, *, command: Sequence[str], report: Callable[
     if found_llava is not None:
         results["llava_onevision"] = found_llava
     results["ratios"] = ratios(summarised, found_llava, flops)
-    if path := keep(results, options.output, f"peers-{label(options.model)}"):
+    name = stem("peers", label(options.model), image_size=options.image_size)
+    if path := keep(results, options.output, name):
         report(f"written to {path}")
     return results
 

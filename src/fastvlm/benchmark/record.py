@@ -37,8 +37,14 @@ def route_of(loading: object) -> str:
     return "+".join([*ways, *([] if engine == "torch" else [engine])]) or "default"
 
 
-def keep(results: Mapping[str, Any], output: str | None, stem: str) -> Path | None:
-    """Write results where they are wanted: into the file that is named, or as `STEM-MACHINE.json` into the folder.
+def stem(kind: str, model: str, *, image_size: int | None, route: str = "default") -> str:
+    """Name a file of results by what was measured; the size and the route only where they were asked for."""
+    size = [] if image_size is None else [f"{image_size}px"]
+    return "-".join([kind, model, *size, *([] if route == "default" else [route.replace("+", "-")])])
+
+
+def keep(results: Mapping[str, Any], output: str | None, name: str) -> Path | None:
+    """Write results where they are wanted: into the file that is named, or as `NAME-MACHINE.json` into the folder.
 
     Raises:
         InputError: They cannot be written.
@@ -47,10 +53,10 @@ def keep(results: Mapping[str, Any], output: str | None, stem: str) -> Path | No
         return None
     path = Path(output)
     if path.suffix != ".json" or path.is_dir():
-        name = f"{results['processor']} {results['threads']} threads"
-        name = name if "CPU" in results["machine"] else results["machine"]
-        slug = "-".join("".join(c if c.isalnum() else " " for c in name).lower().split())
-        path = path / f"{stem}-{slug}.json"
+        machine = f"{results['processor']} {results['threads']} threads"
+        machine = machine if "CPU" in results["machine"] else results["machine"]
+        slug = "-".join("".join(c if c.isalnum() else " " for c in machine).lower().split())
+        path = path / f"{name}-{slug}.json"
     write_results(path, results)
     return path
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastvlm.benchmark import ceilings, costs
 from fastvlm.benchmark.costs import BITS, Cost
-from fastvlm.benchmark.record import facts, keep, load_average, route_of
+from fastvlm.benchmark.record import facts, keep, load_average, route_of, stem
 from fastvlm.benchmark.spread import summary
 from fastvlm.benchmark.subject import check_here, folder_of, label, num_threads, side_of, start, write_task
 from fastvlm.checkpoint.load import load as load_checkpoint
@@ -78,7 +78,8 @@ def run(options: BenchRooflineOptions, *, command: Sequence[str], report: Callab
             "decode_at_most": decode_limits(config, length, ceiling),
         },
     }
-    if path := keep(results, options.output, f"roofline-{label(loading.model)}"):
+    name = stem("roofline", label(loading.model), image_size=options.image_size, route=route_of(loading))
+    if path := keep(results, options.output, name):
         report(f"written to {path}")
     return results
 

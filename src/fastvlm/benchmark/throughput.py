@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastvlm.benchmark.record import facts, keep, load_average, route_of
+from fastvlm.benchmark.record import facts, keep, load_average, route_of, stem
 from fastvlm.benchmark.spread import summary
 from fastvlm.benchmark.subject import check_here, folder_of, label, num_threads, side_of, start
 from fastvlm.options import BenchThroughputOptions
@@ -61,8 +61,7 @@ def run(options: BenchThroughputOptions, *, command: Sequence[str], report: Call
         },
         "results": {"encoder": pictures, "generate": tokens, "peak_mb": round(memory["peak_bytes"] / 1e6)},
     }
-    route = route_of(loading).replace("+", "-")
-    stem = "-".join(["throughput", label(loading.model), *([] if route == "default" else [route])])
-    if path := keep(results, options.output, stem):
+    name = stem("throughput", label(loading.model), image_size=options.image_size, route=route_of(loading))
+    if path := keep(results, options.output, name):
         report(f"written to {path}")
     return results

@@ -15,7 +15,7 @@ Graph = Any
 
 
 def simplify(graph: Graph) -> None:
-    """Fold constants, join operations and drop what is unused, in place."""
+    """Fold constants, join operations and drop what is unused, in place; where in our code each came from, too."""
     optimizer, rewriter, rules, passes = needs(
         "onnx",
         "onnxscript.optimizer",
@@ -40,5 +40,6 @@ def simplify(graph: Graph) -> None:
         passes.CommonSubexpressionEliminationPass(),
         passes.OutputFixPass(),
         passes.NameFixPass(),
+        passes.ClearMetadataAndDocStringPass(),
     ):
         each(graph)
