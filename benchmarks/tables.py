@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from fastvlm.benchmark.published import ENCODERS, FASTVITHD
 from fastvlm.options import EXPORT_FORMATS
 
+STRIDE = 64  # pixels a token, of nano and of the paper's encoder
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 RESULTS = Path(__file__).parent / "results"
@@ -40,20 +42,11 @@ CHINESE = {
 }
 QUANTIZE = ROOT / "docs" / "quantize.md"
 TRAINING = ROOT / "docs" / "training.md"
-ABLATION_HEADS = {"ablation-tokens": ("pixels", "tokens", "the paper, Avg-5"), "ablation-stage": ("run",)}
-ABLATION: dict[
-    str, dict[str, tuple[Any, ...]]
-] = {  # of each table, the files and how their rows begin; the paper's column is of its figure 1a
-    "ablation-tokens": {
-        "16-tokens": (256, 16, "48.4 (256 px, 16 tokens)"),
-        "36-tokens": (384, 36, "-"),
-        "64-tokens": (512, 64, "52.5 (512 px, 64 tokens)"),
-    },
-    "ablation-stage": {
-        "stage-1": ("stage 1: the projector alone, 150 steps",),
-        "with-stage-1": ("then all, 450 steps",),
-        "without-stage-1": ("all from the beginning, 600 steps",),
-    },
+ABLATED = ("16-tokens", "36-tokens", "64-tokens")
+STAGED = {
+    "stage-1": "stage 1: the projector alone, 150 steps",
+    "with-stage-1": "then all, 450 steps",
+    "without-stage-1": "all from the beginning, 600 steps",
 }
 LEARNS = {"full": "all", "lora": "projector; language model by LoRA"}
 SCORED = {
@@ -217,17 +210,28 @@ def _steps(runs: Iterable[Results]) -> str:
 
 
 def _ablation(folder: Path) -> dict[str, str]:
-    """Scores of short runs that differ in one thing: one run a row."""
-    tables = {}
-    for name, labels in ABLATION.items():
-        rows = []
-        for stem, label in labels.items():
-            found = json.loads((folder / f"ablation-{stem}.json").read_text(encoding="utf-8"))
-            scores = {task["task"]: f"{100 * task['score']:.1f}" for task in found["tasks"]}
-            rows.append((*label, *(scores[task] for task in ENGLISH if task != "head")))
-        words = [ENGLISH[task][0] for task in ENGLISH if task != "head"]
-        tables[name] = _rows((*ABLATION_HEADS[name], *words), rows)
-    return tables
+    """Scores of short runs that differ in one thing, and the paper's at such sizes: one run a row."""
+
+    def found(name: str) -> Results:
+        results: Results = json.loads((folder / f"ablation-{name}.json").read_text(encoding="utf-8"))
+        return results
+
+    def scores(results: Results) -> list[str]:
+        shares = {task["task"]: task["score"] for task in results["tasks"]}
+        return [f"{100 * shares[task]:.1f}" for task in tasks]
+
+    tasks = [task for task in ENGLISH if task != "head"]
+    words = [ENGLISH[task][0] for task in tasks]
+    (published,) = (encoder for encoder in ENCODERS if encoder.name == FASTVITHD)
+    paper = {point.image_size: point for point in published.points}
+    sizes = []
+    for results in map(found, ABLATED):
+        side = results["model"]["image_size"]
+        sizes.append((side, (side // STRIDE) ** 2, *scores(results), paper[side].accuracy if side in paper else None))
+    return {
+        "ablation-tokens": _rows(("pixels", "tokens", *words, "the paper's five"), sizes),
+        "ablation-stage": _rows(("run", *words), [(said, *scores(found(name))) for name, said in STAGED.items()]),
+    }
 
 
 def _gpu_steps(runs: Iterable[Results]) -> str:

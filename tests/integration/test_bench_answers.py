@@ -237,7 +237,7 @@ def test_the_commands_measure_and_say_how_to_repeat_it(tmp_path, capsys, monkeyp
         assert main(args) == 0, capsys.readouterr().err
 
         assert capsys.readouterr().out
-        (path,) = tmp_path.glob(f"{name}-*.json")
+        (path,) = tmp_path.glob(f"{name}-*-64px-*.json")
         found[name] = json.loads(path.read_text())
         assert found[name]["command"].startswith(f"fastvlm bench {name} --model")
         assert {"commit", "machine", "processor", "threads", "load_average", "versions"} <= found[name].keys()

@@ -68,7 +68,7 @@ def _exchanged(module: nn.Module, kernels: ModuleType | None) -> nn.Module | Non
     return None
 
 
-def rows_of(x: Tensor) -> Tensor:
+def _rows(x: Tensor) -> Tensor:
     """A map `(P, C, h, w)` in channels_last as rows `(P h w, C)`, in the same memory."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
@@ -86,7 +86,7 @@ class Pointwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(P, C, h, w)` to `(P, C', h, w)`."""
         num_images, _, height, width = x.shape
-        rows = rows_of(x)
+        rows = _rows(x)
         if not self.has_gelu:
             rows = torch.addmm(self.bias, rows, self.weight.t())
         elif rows.dtype in _HALVES:
@@ -173,7 +173,7 @@ class FusedMixerBlock(nn.Module):
         """`(P, C, h, w)` to the same."""
         x = self.mixer(x)
         hidden = self.fc1(self.conv(x))
-        rows_of(x).addmm_(rows_of(hidden), self.weight.t())
+        _rows(x).addmm_(_rows(hidden), self.weight.t())
         return x
 
 
