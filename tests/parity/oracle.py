@@ -56,6 +56,14 @@ def logits(folder: str, inputs: str, out: str) -> None:
         save_file({"logits": model(**load_file(inputs)).logits.contiguous()}, out)
 
 
+def save_logits(model: torch.nn.Module, inputs: str, out: str) -> None:
+    """Compute all logits in float64: random updates make more of float32's rounding than a comparison allows."""
+    tensors = load_file(inputs)
+    tensors["pixel_values"] = tensors["pixel_values"].double()
+    with torch.inference_mode():
+        save_file({"logits": model.eval().double()(**tensors).logits.contiguous()}, out)
+
+
 def adapter_logits(base: str, folder: str, inputs: str, out: str) -> None:
     """Compute all logits of a `fast_vlm` folder with the LoRA adapter of another, as peft applies it."""
     from peft import PeftModel
@@ -66,8 +74,7 @@ def adapter_logits(base: str, folder: str, inputs: str, out: str) -> None:
     if strange:
         raise SystemExit(f"not loaded: {strange[:5]}")
     model.set_adapter("default")
-    with torch.inference_mode():
-        save_file({"logits": model.eval()(**load_file(inputs)).logits.contiguous()}, out)
+    save_logits(model, inputs, out)
 
 
 def write_adapter(base: str, folder: str, inputs: str, out: str) -> None:
@@ -78,8 +85,7 @@ def write_adapter(base: str, folder: str, inputs: str, out: str) -> None:
     config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model = get_peft_model(load_strictly(base), config)
     model.save_pretrained(folder)
-    with torch.inference_mode():
-        save_file({"logits": model.eval()(**load_file(inputs)).logits.contiguous()}, out)
+    save_logits(model, inputs, out)
 
 
 def language_logits(folder: str, inputs: str, out: str) -> None:

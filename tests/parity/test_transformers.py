@@ -117,7 +117,7 @@ def test_peft_loads_our_adapter_and_computes_our_logits(tmp_path, learning):
     inputs = tiny_inputs(model.config)
 
     with torch.inference_mode():
-        ours = model.eval()(inputs["input_ids"], inputs["pixel_values"])
+        ours = model.eval().double()(inputs["input_ids"], inputs["pixel_values"].double())
     save_file(inputs, tmp_path / "inputs.safetensors")
     ask_oracle("adapter_logits", base, tmp_path, tmp_path / "inputs.safetensors", tmp_path / "logits.safetensors")
 
@@ -134,7 +134,8 @@ def test_we_load_an_adapter_that_peft_wrote(tmp_path):
 
     theirs = load_file(tmp_path / "logits.safetensors")["logits"]
     with torch.inference_mode():
-        assert_close(model(inputs["input_ids"], inputs["pixel_values"]), theirs, rtol=0, atol=1e-4)
+        ours = model.double()(inputs["input_ids"], inputs["pixel_values"].double())
+    assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 def test_a_saved_crop_folder_computes_in_transformers_what_it_did_before(tmp_path):
