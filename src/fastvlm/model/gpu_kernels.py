@@ -25,60 +25,66 @@ def _gelu(x):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _seen(row, step, first, W, is_in, outside, MANY: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, PLR0913
+    """MANY neighbours of one row of a map, each a vector of channels."""
+    found = ()
+    for j in tl.static_range(MANY):
+        mask = is_in & (first + j >= 0) & (first + j < W)
+        found = found + (tl.load(row + j * step, mask=mask, other=outside).to(tl.float32),)  # noqa: RUF005  (Triton knows no star)
+    return found
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _add_row(sums, seen, weight, C, KERNEL: tl.constexpr, STRIDE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202, PLR0913
+    """Add to each sum what one row of the kernel gives."""
+    taps = ()
+    for j in tl.static_range(KERNEL):
+        taps = taps + (tl.load(weight + j * C).to(tl.float32),)  # noqa: RUF005
+    found = ()
+    for k in tl.static_range(len(sums)):
+        total = sums[k]
+        for j in tl.static_range(KERNEL):
+            total += seen[k * STRIDE + j] * taps[j]
+        found = found + (total,)  # noqa: RUF005
+    return found
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _depthwise(  # type: ignore[no-untyped-def] # noqa: ANN202, PLR0913
     x, weight, bias, outside, y, H, W, C, OH, OW,  # noqa: ANN001
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, WIDER: tl.constexpr, ACT: tl.constexpr, HAS_OUTSIDE: tl.constexpr,
-    BW: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """BW x BC outputs in each of up to four rows: what is loaded of a row serves all of them."""
-    tiles = tl.cdiv(OW, BW)
-    at = tl.program_id(0)
-    ox = (at % tiles) * BW + tl.arange(0, BW)
-    oy = (at // tiles) * ROWS
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    """Two rows of COLUMNS outputs, whose sums and inputs stay in registers; a thread holds a few channels of them."""
+    tiles = tl.cdiv(OW, COLUMNS)
+    ox = (tl.program_id(0) % tiles) * COLUMNS
+    oy = (tl.program_id(0) // tiles) * 2
+    c = (tl.program_id(1) * BC + tl.arange(0, BC)) % C  # beyond the last the first are computed again
     picture = tl.program_id(2).to(tl.int64)
-    num_in = C // WIDER
-    source = c // WIDER
-    is_c = c < C
-    margin: tl.constexpr = KERNEL // 2
-    a0 = tl.zeros((BW, BC), tl.float32) + tl.load(bias + c, mask=is_c, other=0.0)[None, :]
-    a1 = a0
-    a2 = a0
-    a3 = a0
-    if HAS_OUTSIDE:
-        margins = tl.load(outside + source, mask=is_c, other=0.0)[None, :]
-    for i in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
-        iy = oy * STRIDE + i - margin
-        is_y = (iy >= 0) & (iy < H)
-        for j in tl.static_range(KERNEL):
-            ix = ox * STRIDE + j - margin
-            mask = (is_y & (ix >= 0) & (ix < W))[:, None] & is_c[None, :]
-            offset = (picture * H + iy) * W * num_in + ix[:, None] * num_in + source[None, :]
-            v = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
-            if HAS_OUTSIDE:
-                v = tl.where(mask, v, margins)
-            if i < KERNEL:
-                a0 += v * tl.load(weight + (i * KERNEL + j) * C + c, mask=is_c, other=0.0)[None, :]
-            if ROWS > 1 and i >= STRIDE and i - STRIDE < KERNEL:
-                a1 += v * tl.load(weight + ((i - STRIDE) * KERNEL + j) * C + c, mask=is_c, other=0.0)[None, :]
-            if ROWS > 2 and i >= 2 * STRIDE and i - 2 * STRIDE < KERNEL:
-                a2 += v * tl.load(weight + ((i - 2 * STRIDE) * KERNEL + j) * C + c, mask=is_c, other=0.0)[None, :]
-            if ROWS > 3 and i >= 3 * STRIDE and i - 3 * STRIDE < KERNEL:
-                a3 += v * tl.load(weight + ((i - 3 * STRIDE) * KERNEL + j) * C + c, mask=is_c, other=0.0)[None, :]
-    if ACT:
-        a0 = _gelu(a0)
-        a1 = _gelu(a1)
-        a2 = _gelu(a2)
-        a3 = _gelu(a3)
-    out = y + (picture * OH + oy) * OW * C + ox[:, None] * C + c[None, :]
-    is_in = (ox < OW)[:, None] & is_c[None, :]
-    tl.store(out, a0.to(y.dtype.element_ty), mask=is_in & (oy < OH))
-    if ROWS > 1:
-        tl.store(out + OW * C, a1.to(y.dtype.element_ty), mask=is_in & (oy + 1 < OH))
-    if ROWS > 2:
-        tl.store(out + 2 * OW * C, a2.to(y.dtype.element_ty), mask=is_in & (oy + 2 < OH))
-    if ROWS > 3:
-        tl.store(out + 3 * OW * C, a3.to(y.dtype.element_ty), mask=is_in & (oy + 3 < OH))
+    step = C // WIDER
+    x += picture * H * W * step + c // WIDER
+    weight += c
+    line = KERNEL * C
+    ix, iy = ox * STRIDE - KERNEL // 2, oy * STRIDE - KERNEL // 2
+    many: tl.constexpr = (COLUMNS - 1) * STRIDE + KERNEL
+    around = tl.load(outside + c // WIDER) if HAS_OUTSIDE else tl.zeros((BC,), x.dtype.element_ty)
+    upper = (tl.load(bias + c),) * COLUMNS
+    lower = upper
+    for i in range(KERNEL + STRIDE):
+        at = iy + i
+        seen = _seen(x + (at * W + ix) * step, step, ix, W, (at >= 0) & (at < H), around, many)
+        if i < KERNEL:
+            upper = _add_row(upper, seen, weight + i * line, C, KERNEL, STRIDE)
+        if i >= STRIDE:
+            lower = _add_row(lower, seen, weight + (i - STRIDE) * line, C, KERNEL, STRIDE)
+    y += ((picture * OH + oy) * OW + ox) * C + c
+    for k in tl.static_range(COLUMNS):
+        high, low = upper[k], lower[k]
+        if ACT:
+            high, low = _gelu(high), _gelu(low)
+        is_in = ox + k < OW
+        tl.store(y + k * C, high.to(y.dtype.element_ty), mask=is_in)
+        tl.store(y + (OW + k) * C, low.to(y.dtype.element_ty), mask=is_in & (oy + 1 < OH))
 
 
 def depthwise(  # noqa: PLR0913  (a convolution is described by its shape)
@@ -88,11 +94,11 @@ def depthwise(  # noqa: PLR0913  (a convolution is described by its shape)
 
     Args:
         x: `(P, C, H, W)`, channels_last.
-        weight: `(k, k, C')` in float32; `C'` is a multiple of `C`: a channel may have several kernels.
+        weight: `(k, k, C')`; `C'` is a multiple of `C`: a channel may have several kernels.
         bias: `(C',)` in float32.
         stride: In both directions; half the kernel is padded.
         has_act: Whether GELU follows.
-        outside: `(C,)` in float32, what lies around the map; zeros by default.
+        outside: `(C,)` in the format of `x`, what lies around the map; zeros by default.
 
     Returns:
         `(P, C', H', W')`, channels_last.
@@ -103,12 +109,12 @@ def depthwise(  # noqa: PLR0913  (a convolution is described by its shape)
     y = torch.empty(
         (num_images, num_out, high, wide), device=x.device, dtype=x.dtype, memory_format=torch.channels_last
     )
-    rows, columns, channels = 4, 8, 64
-    grid = (triton.cdiv(wide, columns) * triton.cdiv(high, rows), triton.cdiv(num_out, channels), num_images)
+    columns, channels = 16 if stride == 1 and kernel > 3 else 8, 32 if num_out % 64 else 64
+    grid = (triton.cdiv(wide, columns) * triton.cdiv(high, 2), triton.cdiv(num_out, channels), num_images)
     _depthwise[grid](
         x, weight, bias, bias if outside is None else outside, y, height, width, num_out, high, wide,
         KERNEL=kernel, STRIDE=stride, WIDER=num_out // num_in, ACT=has_act, HAS_OUTSIDE=outside is not None,
-        BW=columns, BC=channels, ROWS=rows, num_warps=4,
+        COLUMNS=columns, BC=channels, num_warps=1, maxnreg=168,
     )  # fmt: skip
     return y
 

@@ -112,11 +112,14 @@ class Depthwise(nn.Module):
         super().__init__()
         assert conv.bias is not None
         self.stride, self.has_gelu, self._kernels = conv.stride[0], has_gelu, kernels
-        weight = conv.weight.detach().float()[:, 0].permute(1, 2, 0).contiguous()  # (k, k, C')
+        weight = conv.weight.detach()[:, 0].permute(1, 2, 0).contiguous()  # (k, k, C')
         bias = conv.bias.detach().float()
+        if raised is not None:
+            bias = bias - raised * weight.float().sum((0, 1))
         self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", bias if raised is None else bias - raised * weight.sum((0, 1)), persistent=False)
-        self.register_buffer("outside", raised, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        outside = None if raised is None else raised.to(conv.weight.dtype)
+        self.register_buffer("outside", outside, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(P, C, h, w)` to `(P, C', h', w')`."""
