@@ -145,6 +145,20 @@ def test_c1_a_kill_between_a_checkpoint_and_what_load_reads_is_mended_by_resumin
     assert (folder / "model.safetensors").read_bytes() == saved
 
 
+def test_c1_a_damaged_checkpoint_does_not_take_the_place_of_a_whole_one(rows, tmp_path):
+    folder = run(options(rows, tmp_path / "run", steps=4, save_steps=2))
+    with (folder / "checkpoints" / "step-00000004" / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    asked = iter([False, True])  # behind step 3, before it comes to the damaged one
+
+    run(options(rows, folder, steps=4, save_steps=2, keep=1, resume=True), wants_end=lambda: next(asked))
+
+    assert RunFolder(folder).latest().facts["step"] == 3
+    run(options(rows, folder, steps=4, save_steps=2, keep=1, resume=True))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000004"]
+    assert RunFolder(folder).latest().facts["step"] == 4
+
+
 def test_c8_weights_that_are_not_finite_are_not_saved(rows, tmp_path):
     folder = tmp_path / "run"
 

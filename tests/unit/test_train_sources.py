@@ -116,6 +116,22 @@ def test_a_table_of_captions(tmp_path, name, mark):
         source.read(2)
 
 
+def test_a_row_of_a_table_may_have_no_picture_but_not_too_many_cells(tmp_path):
+    text = "image,question,answer\n,Why?,Because\nsquare.png,Why?,Yes, it is\n"
+    source = open_source(put(tmp_path / "a.csv", text), READING)
+
+    assert source.read(0).pictures == ()
+    with pytest.raises(InputError, match="1 more cells than the head has names; put quotes"):
+        source.read(1)
+
+
+def test_a_caption_in_a_table_needs_its_picture(tmp_path):
+    source = open_source(put(tmp_path / "a.csv", "image,caption\n,A square\n"), READING)
+
+    with pytest.raises(InputError, match="a picture and its `caption`"):
+        source.read(0)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Pictures with captions beside them, in two folders."""

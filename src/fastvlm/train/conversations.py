@@ -144,6 +144,8 @@ def read_row(
     """
     if not isinstance(row, Mapping):
         raise InputError(f"expected an object, got {type(row).__name__}")
+    if None in row:
+        raise InputError(f"{len(row[None])} more cells than the head has names; put quotes around a text with commas")
     if (strange := next((key for key in _OTHER_MEDIA if row.get(key)), None)) is not None:
         raise InputError(f"`{strange}` is not read, only pictures are; give frames as `image`, or leave the row out")
     if row.get("messages") is not None:

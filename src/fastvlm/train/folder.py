@@ -189,7 +189,7 @@ class RunFolder:
         os.replace(place, target)
         _flush(self.checkpoints)
         self.publish(target)
-        self._prune(keep)
+        self._prune(keep, target.name)
 
     def publish(self, saved: Path) -> None:
         """Put a checkpoint's files where `load` reads them; large ones are shared with it, not copied.
@@ -207,8 +207,9 @@ class RunFolder:
             os.replace(temporary, self.path / path.name)
             temporary.unlink(missing_ok=True)  # which is left where both were names of one file already
 
-    def _prune(self, keep: int) -> None:
-        steps = sorted(self.checkpoints.glob("step-*"), reverse=True)
+    def _prune(self, keep: int, newest: str) -> None:
+        """Keep the newest step, which is whole, and those before it; later ones were damaged when the run went on."""
+        steps = sorted((path for path in self.checkpoints.glob("step-*") if path.name <= newest), reverse=True)
         for path in (*steps[keep:], *self.checkpoints.glob(".*")):
             # A folder that is half gone must not look like a checkpoint.
             aside = path if path.name.startswith(".") else path.with_name(f".{path.name}.old")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastvlm.errors import CheckpointError, InputError
+from fastvlm.errors import CheckpointError
 from fastvlm.train.folder import LOG
 
 logger = logging.getLogger(__name__)
@@ -26,8 +26,7 @@ class Log:
     ) -> None:
         """Open what was asked for; `step` is the last one that counts: what TensorBoard has of later ones is hidden.
 
-        Raises:
-            InputError: TensorBoard was asked for and is not installed; or Weights & Biases.
+        A service that is not installed, or fails, is left out with a warning.
         """
         self.folder = folder
         self._writers: dict[str, tuple[Write, Callable[[], None]]] = {}
@@ -66,8 +65,9 @@ class Log:
     def _open(self, name: str, module: str, make: Callable[[], tuple[Write, Callable[[], None]]]) -> None:
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            raise InputError(f"{name} is not installed; run `pip install {module}`, or leave --{module} out") from error
+        except ImportError:
+            logger.warning("%s is not installed (`pip install %s`); the run goes on without it", name, module)
+            return
         try:
             self._writers[name] = make()
         except Exception as error:  # noqa: BLE001

@@ -239,10 +239,12 @@ def _read_json(path: Path) -> list[Any]:
     return rows
 
 
-def _read_csv(path: Path, delimiter: str) -> list[dict[str, str]]:
+def _read_csv(path: Path, delimiter: str) -> list[dict[str | None, Any]]:
+    """Rows by the names in the head: an empty cell says nothing, and cells without a name are listed under None."""
     try:
         text = path.read_bytes().removeprefix(_BOM).decode()
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        return [{name: None if cell == "" else cell for name, cell in row.items()} for row in rows]
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
     except csv.Error as error:
