@@ -1,5 +1,7 @@
 """The encoder in bytes is near its floats, is saved as it is, and is made floats where bytes gain nothing."""
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -70,6 +72,33 @@ def distance(found, expected):
 def folder(tmp_path_factory):
     options = QuantizeOptions(model="nano", out=str(tmp_path_factory.mktemp("bytes") / "nano"), encoder_bits=8)
     return quantize(options)
+
+
+def test_the_folder_says_which_layers_of_the_encoder_were_rounded_and_how(folder):
+    said = json.loads((folder / "quantization.json").read_text())["encoder"]
+    rounded = {
+        name: each
+        for name, each in quantized_layers(checkpoint.load(folder).model).items()
+        if name.startswith("vision.")
+    }
+
+    assert {re.sub(r"\.\d+", ".*", name) for name in rounded} == set(said["layers"])
+    assert {each.packing for each in rounded.values()} == {Packing(said["bits"], ROW)}
+    assert said["matrices"] == {"8 bits, rows": len(rounded)}
+    assert said["scales"] == "one a row, zero met exactly"
+    assert all(each.is_centred for each in rounded.values())
+    assert said["quantised_bytes"] < said["float_bytes"]
+
+
+@torch.inference_mode()
+def test_the_encoders_weights_are_the_nearest_numbers_as_the_folder_says(folder):
+    before, after = (checkpoint.load(each).model for each in (resolve("nano"), folder))
+
+    assert json.loads((folder / "quantization.json").read_text())["encoder"]["rounding"] == "nearest"
+    for name in encoder_packings(before):
+        layer = after.get_submodule(name)
+        matrix = before.get_submodule(name).weight.flatten(1).float()
+        assert ((layer.floats(torch.float32) - matrix).abs() <= layer.scales.float() * 0.501).all()
 
 
 @torch.inference_mode()

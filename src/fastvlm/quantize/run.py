@@ -1,6 +1,7 @@
 """The `quantize` command: load, choose formats, round, save."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -74,7 +75,9 @@ def quantize(options: QuantizeOptions, say: Say = lambda line: None) -> Path:
     report |= _divergence(before, [_logits(model, each) for each in held_back])
     report["quantised_bytes"] = _num_bytes(model.language)
     if encoder:
-        report["encoder"] = {"matrices": packings_summary(encoder), "float_bytes": _num_bytes(model.vision)}
+        report["encoder"] = (
+            {"bits": options.encoder_bits} | _encoder_facts(encoder) | {"float_bytes": _num_bytes(model.vision)}
+        )
         round_nearest(model, encoder)
         report["encoder"]["quantised_bytes"] = _num_bytes(model.vision)
     extra = _notes(checkpoint, packings, encoder) | {REPORT: (json.dumps(report, indent=2) + "\n").encode()}
@@ -119,6 +122,16 @@ def encoder_packings(model: FastVLM) -> dict[str, Packing]:
                 raise InputError(f"vision.{name} has {width} channels; 8 bits take a multiple of 4: leave them out")
             packings |= {f"vision.{name}.{layer}": packing for layer in ("fc1", "fc2")}
     return packings
+
+
+def _encoder_facts(packings: dict[str, Packing]) -> dict[str, Any]:
+    """Which layers of the encoder are rounded, `*` for any stage or block, and how."""
+    return {
+        "layers": sorted({re.sub(r"\b\d+\b", "*", name) for name in packings}),
+        "matrices": packings_summary(packings),
+        "scales": "one a row, zero met exactly",
+        "rounding": "nearest",
+    }
 
 
 def _num_bytes(module: nn.Module) -> int:
