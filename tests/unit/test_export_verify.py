@@ -54,3 +54,22 @@ def test_a_value_that_is_not_finite_on_either_side_is_a_failure(value, side, pla
 
 def test_values_that_are_equal_and_finite_are_no_failure():
     assert _above("features", _differences([(torch.ones(1, 4), torch.ones(1, 4))]), 1e-4, 0.99) == []
+
+
+def test_values_that_are_all_zeros_on_both_sides_are_equal():
+    pair = (torch.zeros(1, 4), torch.zeros(1, 4))
+
+    found = _differences([pair, pair])
+
+    assert (found["relative"], found["least_cosine"]) == (0, 1)
+    assert _above("features", found, 1e-4, 0.99) == []
+
+
+@pytest.mark.parametrize(("most", "least_cosine"), [(1e-4, 0.99), (None, None)])
+@pytest.mark.parametrize(
+    ("value", "said"), [(0.5, "zeros in eager and up to 5.00e-01 in the export"), (torch.nan, "not finite")]
+)
+def test_values_beside_eager_ones_that_are_all_zeros_are_a_failure(value, said, most, least_cosine):
+    pairs = [(torch.zeros(1, 4), torch.zeros(1, 4)), (torch.zeros(1, 4), torch.tensor([[0, value, 0, 0]]))]
+
+    assert _above("features", _differences(pairs), most, least_cosine) == [f"features are {said}"]

@@ -294,16 +294,23 @@ def _texts(rows: Sequence[_Row]) -> dict[str, Any]:
 
 
 def _differences(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Of the second from the first, over all pairs; not a number where either is not finite."""
+    """Of the second from the first, over all pairs; not a number where either is not finite.
+
+    Beside a first that is all zeros, a difference is infinitely large.
+    """
     absolute = max(float((ours.float() - theirs.float()).abs().max()) for ours, theirs in pairs)
     largest = max(float(ours.abs().max()) for ours, _ in pairs)
     if not all(bool(torch.isfinite(each).all()) for pair in pairs for each in pair):
         absolute = float("nan")
     cosine = min(_cosine(*pair) for pair in pairs)
-    return {"absolute": absolute, "relative": absolute / largest, "largest_value": largest, "least_cosine": cosine}
+    relative = absolute / largest if largest else absolute * math.inf if absolute else 0.0
+    return {"absolute": absolute, "relative": relative, "largest_value": largest, "least_cosine": cosine}
 
 
 def _cosine(ours: Tensor, theirs: Tensor) -> float:
+    """Of two tensors, flattened; 1 for two of zeros, which are equal."""
+    if not ours.any() and not theirs.any():
+        return 1.0
     return float(torch.cosine_similarity(ours.double().flatten(), theirs.double().flatten(), dim=0))
 
 
@@ -312,6 +319,8 @@ def _above(name: str, found: dict[str, Any], most: float | None, least_cosine: f
     difference, cosine = found["relative"], found["least_cosine"]
     if math.isnan(difference):
         return [f"{name} are not finite"]
+    if math.isinf(difference):
+        return [f"{name} are zeros in eager and up to {found['absolute']:.2e} in the export"]
     failures = []
     if most is not None and difference > most:
         failures.append(f"{name} differ by {difference:.2e}, allowed is {most}")
