@@ -30,7 +30,7 @@ def _seen(row, step, first, W, is_in, outside, MANY: tl.constexpr):  # type: ign
     found = ()
     for j in tl.static_range(MANY):
         mask = is_in & (first + j >= 0) & (first + j < W)
-        found = found + (tl.load(row + j * step, mask=mask, other=outside).to(tl.float32),)  # noqa: RUF005  (Triton knows no star)
+        found = found + (tl.load(row + j * step, mask=mask, other=outside).to(tl.float32),)  # type: ignore[assignment] # noqa: RUF005  (Triton knows no star)
     return found
 
 
@@ -39,13 +39,13 @@ def _add_row(sums, seen, weight, C, KERNEL: tl.constexpr, STRIDE: tl.constexpr):
     """Add to each sum what one row of the kernel gives."""
     taps = ()
     for j in tl.static_range(KERNEL):
-        taps = taps + (tl.load(weight + j * C).to(tl.float32),)  # noqa: RUF005
+        taps = taps + (tl.load(weight + j * C).to(tl.float32),)  # type: ignore[assignment] # noqa: RUF005
     found = ()
     for k in tl.static_range(len(sums)):
         total = sums[k]
         for j in tl.static_range(KERNEL):
             total += seen[k * STRIDE + j] * taps[j]
-        found = found + (total,)  # noqa: RUF005
+        found = found + (total,)  # type: ignore[assignment] # noqa: RUF005
     return found
 
 
