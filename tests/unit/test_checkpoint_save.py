@@ -11,9 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastvlm import checkpoint
+from fastvlm.checkpoint.folder import check_target
 from fastvlm.checkpoint.reading import DTYPES, INDEX, read_header
 from fastvlm.errors import CheckpointError
 from fastvlm.model import fold
+from fastvlm.options import QuantizeOptions
+from fastvlm.quantize.run import quantize
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -289,3 +292,56 @@ def test_more_files_go_along(apple, tmp_path):
 
     assert (folder / "LICENSE_MODEL").read_bytes() == b"research"
     assert checkpoint.load(folder).licences == {"LICENSE_MODEL": b"research"}
+
+
+BAD_TARGETS = {
+    "file": "is a file; name a folder",
+    "full": "is not empty",
+    "n" * 250: "cannot be written: File name too long",
+}
+
+
+@pytest.fixture(params=BAD_TARGETS, ids=["file", "full", "long"])
+def bad_target(request, tmp_path):
+    """A target that is refused, and what is said of it."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    return tmp_path / request.param, BAD_TARGETS[request.param]
+
+
+def test_a_target_that_is_refused_is_said_before_tensors_are_looked_at(apple, bad_target):
+    target, said = bad_target
+    fold.for_inference(apple.model)  # which cannot be saved
+
+    with pytest.raises(CheckpointError, match=said):
+        checkpoint.save(apple.model, apple.tokenizer, target)
+
+
+def test_a_target_that_is_refused_is_said_before_a_source_is_read(bad_target, tmp_path):
+    target, said = bad_target
+
+    with pytest.raises(CheckpointError, match=said):
+        checkpoint.convert(tmp_path / "no-source", "hf", target)
+
+
+def test_a_target_that_is_refused_is_said_before_weights_are_drawn(bad_target, tmp_path, monkeypatch):
+    target, said = bad_target
+    monkeypatch.setattr("fastvlm.checkpoint.create.NANO_FOLDER", tmp_path / "no-tokenizer")
+
+    with pytest.raises(CheckpointError, match=said):
+        checkpoint.init_checkpoint("nano", 0, target)
+
+
+def test_a_target_that_is_refused_is_said_before_a_model_is_quantised(bad_target, tmp_path):
+    target, said = bad_target
+    (tmp_path / "no-model").mkdir()
+
+    with pytest.raises(CheckpointError, match=said):
+        quantize(QuantizeOptions(model=str(tmp_path / "no-model"), out=str(target)))
+
+
+def test_looking_at_a_target_leaves_nothing(tmp_path):
+    check_target(tmp_path / "a" / "b", overwrite=False)
+
+    assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvlm.checkpoint import apple, huggingface, mlx
 from fastvlm.checkpoint.adapter import is_adapter
-from fastvlm.checkpoint.folder import staged_folder
+from fastvlm.checkpoint.folder import check_target, staged_folder
 from fastvlm.checkpoint.load import Checkpoint, load
 from fastvlm.checkpoint.save import (
     CLIP_HEAD,
@@ -69,6 +69,7 @@ def convert(  # noqa: PLR0913
     for read in (source, vision, language, base):
         if read is not None and Path(out).resolve().is_relative_to(Path(read).resolve()):
             raise CheckpointError(f"{out} lies in {read}, which is read; name another folder")
+    check_target(out, overwrite=overwrite)
     # Updates are added in the format that is written, not rounded to the base's first.
     merged_dtype = dtype if is_adapter(Path(source)) else None
     checkpoint = load(source, vision=vision, language=language, base=base, dtype=merged_dtype, dequantise=True)

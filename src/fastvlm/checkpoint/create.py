@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvlm.checkpoint.build import shapes_only
-from fastvlm.checkpoint.folder import staged_folder
+from fastvlm.checkpoint.folder import check_target, staged_folder
 from fastvlm.checkpoint.save import Entry, tensor_entries, write_folder
 from fastvlm.checkpoint.zoo import NANO_FOLDER
 from fastvlm.config import PRESETS, table_rows
@@ -43,6 +43,7 @@ def init_checkpoint(  # noqa: PLR0913
     """
     if preset not in PRESETS:
         raise CheckpointError(f"there is no preset {preset!r}; expected one of {', '.join(PRESETS)}")
+    check_target(out, overwrite=overwrite)
     tokenizer = tokenizer or packaged_tokenizer()
     config = replace(PRESETS[preset], image_token_id=tokenizer.image_id)
     if preset == "nano" and tokenizer.vocab_size > config.language.vocab_size:

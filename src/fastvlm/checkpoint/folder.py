@@ -115,6 +115,7 @@ def _check_target(target: Path, *, overwrite: bool, marks: Sequence[str], is_kno
     above = next(path for path in target.parents if path.exists())
     if not above.is_dir():
         raise CheckpointError(f"{target} cannot be written: {above} is a file; name another folder")
+    tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=above).cleanup()  # says what the disk would say later
     if Path.cwd().is_relative_to(target):  # whoever stands in it would stand in a folder that is gone
         raise CheckpointError(f"{target} is or holds the folder you are in; name another folder")
     if not target.is_dir() or not any(target.iterdir()):

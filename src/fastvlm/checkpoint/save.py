@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastvlm.checkpoint import huggingface, timm
 from fastvlm.checkpoint.build import converted, norm_dtype, norm_tensors
-from fastvlm.checkpoint.folder import staged_folder
+from fastvlm.checkpoint.folder import check_target, staged_folder
 from fastvlm.checkpoint.packed import packing_settings
 from fastvlm.checkpoint.reading import DTYPES, INDEX, SINGLE
 from fastvlm.config import Config
@@ -69,6 +69,7 @@ def save(  # noqa: PLR0913  (what goes into a folder)
         CheckpointError: The model is folded for inference, a value is too large for `dtype`, or the folder is there and
             not empty, or with `overwrite` holds more than a checkpoint.
     """
+    check_target(folder, overwrite=overwrite)
     entries = tensor_entries(model, dtype)
     with staged_folder(folder, overwrite=overwrite) as place:
         packings = {name: layer.packing for name, layer in quantized_layers(model).items()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm.checkpoint.convert import CHANGES
+from fastvlm.checkpoint.folder import check_target
 from fastvlm.checkpoint.load import Checkpoint, load
 from fastvlm.checkpoint.save import save
 from fastvlm.checkpoint.zoo import resolve
@@ -45,6 +46,7 @@ def quantize(options: QuantizeOptions, say: Say = lambda line: None) -> Path:
     folder = resolve(options.model)
     if Path(options.out).resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{options.out} lies in {folder}, which is read; name another folder")
+    check_target(options.out, overwrite=options.overwrite)
     checkpoint = load(folder)
     model = checkpoint.model
     if quantized_layers(model):
