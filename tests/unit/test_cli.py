@@ -170,8 +170,8 @@ def test_a_value_that_begins_with_dashes_is_written_with_an_equals_sign():
     assert predict_options("--prompt=--help").prompt == "--help"
 
 
-def test_an_empty_prompt_is_a_prompt():
-    assert predict_options("--prompt", "").prompt == ""
+def test_an_empty_prompt_beside_a_picture_is_a_prompt():
+    assert predict_options("--image", "x.png", "--prompt", "").prompt == ""
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,8 @@ def test_image_options_refuse_what_is_out_of_range(values):
     ("values", "words"),
     [
         ({}, "nothing to ask"),
+        ({"prompt": ""}, "nothing to ask: --prompt is empty"),
+        ({"prompt": " \n"}, "nothing to ask: --prompt is empty"),
         ({"video": "a.gif", "image": ("b.png",)}, "do not go together"),
         ({"video": "a.gif", "frames": 0}, "frames must be between"),
         ({"image": ("-", "-")}, "standard input can be read once"),

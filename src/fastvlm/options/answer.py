@@ -204,6 +204,10 @@ class PredictOptions:
             raise InputError("--video and --image do not go together; give one of them")
         if self.prompt is None and self.video is None and not self.image:
             raise InputError("nothing to ask: give --image, --prompt or both")
+        if self.prompt is not None and not self.prompt.strip() and self.video is None and not self.image:
+            raise InputError(
+                "nothing to ask: --prompt is empty, and there is no picture; give --image, --prompt or both"
+            )
         if not 1 <= self.frames <= 1000:
             raise InputError(f"frames must be between 1 and 1000, got {self.frames}")
         if self.image.count("-") > 1:
