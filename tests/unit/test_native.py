@@ -1,8 +1,11 @@
 """Compiled kernels read tokens as the model's own operators do; where they cannot be built, one line says so."""
 
 import copy
+import os
+import shutil
 import stat
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -328,6 +331,42 @@ def test_they_are_built_once(kernels, tmp_path, monkeypatch):
     build.library(tmp_path)
 
     assert [(path, path.stat().st_mtime_ns) for path in tmp_path.iterdir()] == [(built, before)]
+
+
+def test_a_library_that_is_built_takes_the_place_of_what_was_long_unused(kernels, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_build", lambda _compiler, _flags, path: shutil.copy(kernels._name, path))
+    month = time.time() - 31 * 86_400
+    old, used, recent = (
+        f"{name}-{digit * 16}.so" for name, digit in (("language", "0"), ("kernels", "1"), ("kernels", "2"))
+    )
+    ages = {
+        old: (month, month),
+        used: (time.time(), month),
+        recent: (month, time.time() - 86_400),
+        "notes.so": (month, month),
+    }
+    for name, times in ages.items():
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, times)
+
+    build.library(tmp_path)
+
+    left = {path.name for path in tmp_path.iterdir()}
+    assert len(left - ages.keys()) == 1  # what was built
+    assert left & ages.keys() == {used, recent, "notes.so"}
+
+
+def test_a_library_that_is_loaded_counts_as_used(kernels, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "_build", lambda _compiler, _flags, path: shutil.copy(kernels._name, path))
+    build.library(tmp_path)
+    (built,) = tmp_path.iterdir()
+    start = time.time()
+    os.utime(built, (start - 3600, start - 31 * 86_400))  # an hour ago: many disks note one reading a day
+
+    build.library(tmp_path)
+
+    assert built.stat().st_atime > start - 60
+    assert built.stat().st_mtime < start - 30 * 86_400
 
 
 def test_without_a_compiler_one_line_says_what_to_do(monkeypatch, tmp_path):

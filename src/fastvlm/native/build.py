@@ -4,9 +4,12 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -30,13 +33,16 @@ _FLAGS: Final = (
     "-fno-signed-zeros",
     "-freciprocal-math",
 )
+_OURS: Final = re.compile(r"(kernels|language)-[0-9a-f]{16}\.so")  # also as earlier versions called them
+_KEPT_DAYS: Final = 30
 
 
 def library(folder: Path | None = None) -> ctypes.CDLL:
     """Load the kernels, building them where that was not done before.
 
     Args:
-        folder: Where built libraries are kept, instead of the user's cache.
+        folder: Where built libraries are kept, instead of the user's cache; after a new one is built, those that
+            nobody used for 30 days are removed.
 
     Raises:
         DeviceError: No compiler is here, or it fails.
@@ -52,6 +58,12 @@ def library(folder: Path | None = None) -> ctypes.CDLL:
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             _build(compiler, flags, path)
+            _remove_unused(folder)
+        else:
+            with suppress(OSError):  # the folder may be another user's
+                os.utime(
+                    path, ns=(time.time_ns(), path.stat().st_mtime_ns)
+                )  # used: whoever builds another leaves it here
         return ctypes.CDLL(os.fspath(path))
     except OSError as error:
         said = f"the compiled kernels {path} cannot be used: {error.strerror or error}"
@@ -96,3 +108,13 @@ def _build(compiler: str, flags: list[str], path: Path) -> None:
             said = lines[0].strip() if lines else f"status {done.returncode}"
             raise DeviceError(f"{compiler} cannot build the kernels: {said[:300]}; leave --compile out")
         os.replace(built, path)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove libraries of ours that were neither made nor loaded for long: other versions built them."""
+    for path in folder.iterdir():
+        with suppress(OSError):  # another process was quicker, or the file is another user's
+            facts = path.lstat()
+            is_unused = max(facts.st_atime, facts.st_mtime) < time.time() - _KEPT_DAYS * 86_400
+            if is_unused and _OURS.fullmatch(path.name):
+                path.unlink()
