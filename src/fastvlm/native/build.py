@@ -61,9 +61,7 @@ def library(folder: Path | None = None) -> ctypes.CDLL:
             _remove_unused(folder)
         else:
             with suppress(OSError):  # the folder may be another user's
-                os.utime(
-                    path, ns=(time.time_ns(), path.stat().st_mtime_ns)
-                )  # used: whoever builds another leaves it here
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # for `_remove_unused`
         return ctypes.CDLL(os.fspath(path))
     except OSError as error:
         said = f"the compiled kernels {path} cannot be used: {error.strerror or error}"
