@@ -94,7 +94,7 @@ def depthwise(  # noqa: PLR0913  (a convolution is described by its shape)
 
     Args:
         x: `(P, C, H, W)`, channels_last.
-        weight: `(k, k, C')`; `C'` is a multiple of `C`: a channel may have several kernels.
+        weight: `(k, k, C')`, in any format; `C'` is a multiple of `C`: a channel may have several kernels.
         bias: `(C',)` in float32.
         stride: In both directions; half the kernel is padded.
         has_act: Whether GELU follows.
