@@ -151,8 +151,9 @@ def test_processes_that_share_the_batch_take_the_same_step(tmp_path):
 
     rows = results["results"]
     assert list(rows) == ["fastvlm", "fastvlm ddp x2", "fastvlm fsdp x2"]
-    first = torch.tensor([row["first_loss"] for row in rows.values()])
-    torch.testing.assert_close(first, first[:1].expand(3), rtol=1e-5, atol=0)
+    losses = torch.tensor([row["losses"] for row in rows.values()])
+    assert losses.shape == (3, SMALL["steps"] + 1)
+    torch.testing.assert_close(losses, losses[:1].expand_as(losses), rtol=1e-5, atol=0)
     alone, *shared = rows.values()
     assert 0 < alone["mfu"] < 1.5
     assert all(row["mfu"] == pytest.approx(alone["mfu"] * row["speedup"] / 2, rel=0.05) for row in shared)

@@ -14,7 +14,7 @@ from fastvlm.checkpoint.load import assemble, load, load_encoder
 from fastvlm.device import place
 from fastvlm.prompt import IGNORE
 from fastvlm.train.data import Example, collate
-from fastvlm.train.learning import checkpoint_activations, choose_what_learns
+from fastvlm.train.learning import checkpoint_activations, choose_what_learns, gather_rows
 from fastvlm.train.loop import Losses, Objective, Trainer, to_tensors
 from fastvlm.train.optimizer import build_optimizer
 from fastvlm.train.run import Share, run
@@ -93,6 +93,33 @@ def test_batch_norm_learns_its_statistics_only_when_it_is_to(given, learns):
     names = changed(before, trainer.model)
     assert any(name.endswith("running_mean") for name in names) is learns
     assert any(".bn.weight" in name for name in names)
+
+
+def test_rows_of_an_embedding_that_is_the_head_too_are_added_to_its_gradient(given):
+    language = given[0].language
+    assert language.lm_head is None
+    batch = batch_of(given, [True, False])
+    expected = Objective(copy.deepcopy(given[0])).eval()
+    expected(to_tensors(batch, CPU)).sums.sum().backward()
+    found = Objective(copy.deepcopy(given[0])).eval()
+    gather_rows(found.model)
+
+    for _ in range(2):  # as pieces of a step are
+        found(to_tensors(batch, CPU)).sums.sum().backward()
+
+    gradient = found.model.language.embed_tokens.weight.grad
+    assert gradient.layout == torch.strided
+    assert_close(gradient, 2 * expected.model.language.embed_tokens.weight.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_of_its_own_leaves_the_embedding_as_it_is(given):
+    model = copy.deepcopy(given[0])
+    language = model.language
+    language.lm_head = nn.Linear(language.config.dim, language.config.vocab_size, bias=False)
+
+    gather_rows(model)
+
+    assert not language.embed_tokens.sparse
 
 
 def test_each_part_learns_at_its_own_rate(given):

@@ -181,6 +181,7 @@ def _summary(rounds: list[dict[str, Any]], options: BenchTrainOptions) -> dict[s
         "samples_per_second": round(options.batch_size / seconds, 3),
         "peak_gb": round(max(one["peak_bytes"] for one in rounds) / 1e9, 3),
         "first_loss": rounds[0]["losses"][0],
+        "losses": rounds[0]["losses"],
         "all_seconds": [[round(value, 4) for value in one["seconds"]] for one in rounds],
         "versions": rounds[0]["versions"],
     }

@@ -53,6 +53,18 @@ def set_train_mode(model: FastVLM, *, learns_vision: bool, learns_statistics: bo
             module.eval()
 
 
+def gather_rows(model: FastVLM) -> None:
+    """Let the lookup of an embedding that is the head, too, add its rows' gradients to the head's.
+
+    PyTorch else makes a second gradient as large as the vocabulary, zero but for the rows that were looked up, and adds
+    the two. Only for eager steps of one process: those of several exchange gradients by the parameter, and a compiled
+    backward pass knows no sparse ones.
+    """
+    language = model.language
+    if language.lm_head is None and isinstance(language.embed_tokens, nn.Embedding):
+        language.embed_tokens.sparse = True
+
+
 def statistics(model: nn.Module) -> list[torch.Tensor]:
     """Return the buffers that a forward pass in training mode moves."""
     return [

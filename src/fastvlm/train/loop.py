@@ -23,7 +23,7 @@ from fastvlm.model.vision import FastViTHD
 from fastvlm.prompt import IGNORE
 from fastvlm.train.data import Batch
 from fastvlm.train.folded import can_fold, encode_folded
-from fastvlm.train.learning import set_train_mode, statistics
+from fastvlm.train.learning import gather_rows, set_train_mode, statistics
 from fastvlm.train.optimizer import set_rates
 from fastvlm.train.parallel import Group
 
@@ -247,6 +247,8 @@ class Trainer:
         self.group = group or Group()
         self.step, self.samples, self.num_skipped, self.num_skipped_on_end = 0, 0, 0, 0
         self.pad_id, self.cost = pad_id, 0.0
+        if self.group.world == 1 and placement.device.type == "cpu" and not compile_model:
+            gather_rows(self.model)
         self.wrapped: nn.Module = self.group.wrap(objective, placement.device)
         if compile_model:
             self.wrapped = torch.compile(self.wrapped)  # type: ignore[assignment]
