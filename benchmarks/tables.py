@@ -237,22 +237,39 @@ def _ablation(folder: Path) -> dict[str, str]:
 def _gpu_steps(runs: Iterable[Results]) -> str:
     """Steps on GPUs: one program a row."""
     rows = []
-    for run in runs:
+    for run in sorted(runs, key=lambda run: (run["settings"]["processes"], run["settings"]["dtype"])):
         said = run["settings"]
         for name, row in run["results"].items():
             compiled = ", compiled" if said["compile"] and name.startswith("fastvlm") else ""
             rows.append(
                 (
-                    f"{said['model'].replace('0.5b', '0.5B')}, {said['batch_size']} rows of {said['image_size']} px",
+                    f"{said['batch_size']} of {said['image_size']} px, {said['dtype']}",
                     f"{name}{compiled}",
                     f"{1000 * row['seconds_a_step']:.0f}",
                     f"{row['samples_per_second']:.1f}",
                     f"{100 * row['mfu']:.1f} %",
                     f"{row['peak_gb']:.1f} GB",
                     f"{row['first_loss']:.4f}",
+                    _distance(run["results"]["fastvlm"], row) if name.startswith("fastvlm ") else "",
                 )
             )
-    return _rows(("batch", "program", "ms a step", "samples/s", "MFU", "peak memory of a GPU", "first loss"), rows)
+    head = (
+        "rows",
+        "program",
+        "ms a step",
+        "samples/s",
+        "MFU",
+        "peak memory of a GPU",
+        "first loss",
+        "losses differ by",
+    )
+    return _rows(head, rows)
+
+
+def _distance(alone: Results, shared: Results) -> str:
+    """How far losses of steps that several processes share are from those of one, at most, as a share of these."""
+    pairs = list(zip(alone["losses"], shared["losses"], strict=True))
+    return f"{max(abs(a - b) / abs(a) for a, b in pairs):.1e} in {len(pairs)} steps"
 
 
 def _exports(folder: Path) -> dict[tuple[str, str, str], tuple[Results, Results]]:

@@ -187,3 +187,13 @@ def test_C5_data_that_changed_is_refused_on_resume(tmp_path):
 
     with pytest.raises(InputError, match="was begun with other data"):
         run(options(data, tmp_path / "run", steps=1, resume=True))
+
+
+def test_an_output_that_is_a_file_is_refused_and_stays(tmp_path):
+    data = [write_rows(tmp_path / "data.json", [row(0, None)])]
+    (tmp_path / "run").write_text("mine")
+
+    with pytest.raises(InputError, match=r"run is not a folder; give another --output"):
+        run(options(data, tmp_path / "run", steps=1))
+
+    assert (tmp_path / "run").read_text() == "mine"

@@ -311,6 +311,29 @@ def test_C5_a_source_that_changed_has_another_fingerprint(tmp_path, folder):
         assert (first == again, first == other) == (True, False), kind
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
+def test_C5_pictures_that_changed_under_their_names_change_the_fingerprint(tmp_path, name):
+    path = tmp_path / name
+    rows = [row("x") | {"image": f"{i}.png"} for i in range(3)]
+    if name == "a.csv":
+        put(path, "image,caption\n" + "\n".join(f"{i}.png,x" for i in range(3)))
+    else:
+        put(path, json.dumps(rows) if name == "a.json" else "\n".join(map(json.dumps, rows)))
+    for i in range(2):  # the third is not there
+        shutil.copyfile(IMAGES / "wide.png", tmp_path / f"{i}.png")
+    reading = Reading(images=PictureFolder(folder=tmp_path))
+    first = open_source(path, reading).fingerprint
+    again = open_source(path, reading).fingerprint
+
+    shutil.copyfile(IMAGES / "tall.png", tmp_path / "1.png")
+    other = open_source(path, reading).fingerprint
+    shutil.copyfile(IMAGES / "tall.png", tmp_path / "2.png")
+    appeared = open_source(path, reading).fingerprint
+
+    assert first == again
+    assert len({first, other, appeared}) == 3
+
+
 @pytest.fixture
 def table():
     """Two rows in the columns of FineVision: bytes of pictures, and texts."""

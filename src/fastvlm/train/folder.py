@@ -96,7 +96,7 @@ class RunFolder:
         """Keep other runs out for the length of the block; the lock of a process that is killed ends with it.
 
         Raises:
-            InputError: Another run is at work here.
+            InputError: Another run is at work here, or a file has this name.
             CheckpointError: The folder cannot be made.
         """
         try:
@@ -107,6 +107,8 @@ class RunFolder:
             raise InputError(
                 f"{self.path}: another run is at work here; wait for it, or give another --output"
             ) from error
+        except (FileExistsError, NotADirectoryError) as error:
+            raise InputError(f"{self.path} is not a folder; give another --output") from error
         except OSError as error:
             raise _unwritable(self.path, error) from error
         try:

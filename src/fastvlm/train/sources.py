@@ -26,6 +26,7 @@ CAPTION_SUFFIXES: Final = (".txt", ".caption")
 METADATA: Final = ("metadata.jsonl", "metadata.csv")
 """What a folder of pictures may hold, as Hugging Face's `imagefolder` has it: a row a picture, with its `file_name`."""
 _MAX_CAPTION_BYTES: Final = 1 << 20
+_NUM_WEIGHED: Final = 1000  # samples of a list whose pictures are looked at for its fingerprint
 _BOM: Final = b"\xef\xbb\xbf"
 
 
@@ -34,8 +35,10 @@ class Source(Protocol):
 
     name: str
     """What the log calls it."""
-    fingerprint: str
-    """Changes when the samples, or their order, do."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the samples, or their order, do."""
 
     def __len__(self) -> int:
         """How many samples there are."""
@@ -133,7 +136,12 @@ class Rows:
 
     def __init__(self, path: Path, rows: Sequence[Any], read: Callable[[Any], Conversation]) -> None:
         self.name, self._path, self._rows, self._read = path.stem, path, rows, read
-        self.fingerprint = _digest_file(path)
+        self._digest = _digest_file(path)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the file, and of how large the pictures are that its rows name."""
+        return _with_pictures(self._digest, self)
 
     def __len__(self) -> int:
         """Rows of the file."""
@@ -163,7 +171,12 @@ class JsonLines:
                     numbers.append(number)
                 at += len(line)
         self._begins, self._numbers = np.array(begins, dtype=np.int64), np.array(numbers, dtype=np.int64)
-        self.fingerprint = digest.hexdigest()
+        self._digest = digest.hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the file, and of how large the pictures are that its lines name."""
+        return _with_pictures(self._digest, self)
 
     def __len__(self) -> int:
         """Lines that are not empty."""
@@ -226,6 +239,22 @@ def _sizes(picture: Path) -> str:
     """Bytes of a picture and of its caption."""
     paths = (picture, _caption_of(picture))
     return " ".join("-" if path is None else str(path.stat().st_size) for path in paths)
+
+
+def _with_pictures(digest: str, source: Source) -> str:
+    """Add to a fingerprint what the pictures of rows in equal distances weigh; all of them would take long to ask for."""
+    step = max(1, -(-len(source) // _NUM_WEIGHED))
+    lines = [digest, *(_weights(source, index) for index in range(0, len(source), step))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _weights(source: Source, index: int) -> str:
+    """Bytes of each picture that a sample names."""
+    try:
+        paths = [picture.path for picture in source.read(index).pictures]
+        return " ".join("-" if path is None else str(path.stat().st_size) for path in paths)
+    except (InputError, OSError):
+        return "unusable"
 
 
 def _read_json(path: Path) -> list[Any]:
