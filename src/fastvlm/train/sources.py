@@ -242,7 +242,7 @@ def _sizes(picture: Path) -> str:
 
 
 def _with_pictures(digest: str, source: Source) -> str:
-    """Add to a fingerprint what the pictures of rows in equal distances weigh; all of them would take long to ask for."""
+    """Add to a fingerprint what the pictures of rows in equal distances weigh; to ask for all takes long."""
     step = max(1, -(-len(source) // _NUM_WEIGHED))
     lines = [digest, *(_weights(source, index) for index in range(0, len(source), step))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
