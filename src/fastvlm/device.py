@@ -1,5 +1,6 @@
 """Pick the device and the number format, synchronise, measure memory."""
 
+import ctypes
 import platform
 import sys
 import time
@@ -14,6 +15,7 @@ from torch import Tensor
 from fastvlm.errors import DeviceError
 
 CPUINFO = Path("/proc/cpuinfo")
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # what <malloc.h> calls M_TRIM_THRESHOLD and M_MMAP_MAX
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -189,3 +191,25 @@ def flush_denormals() -> Iterator[None]:
 def is_flushing_denormals() -> bool:
     """Whether the CPU takes numbers below 1e-38 as zero; PyTorch sets this and does not tell it."""
     return bool(torch.full((1,), 2e-38).mul(0.25) == 0)
+
+
+@contextmanager
+def keep_freed_memory(device: torch.device) -> Iterator[None]:
+    """Let the C library keep what is freed, for work on the CPU that asks for the same again and again.
+
+    glibc gives blocks of 32 MiB and more back to the system at once, which must clear each page of them before it gives
+    them out again: in a training step, every gradient's and most activations'. What is kept goes back at the end. Other
+    C libraries are left as they are.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
+    if libc is None or not hasattr(libc, "gnu_get_libc_version"):
+        yield
+        return
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM_THRESHOLD, -1)  # never
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_MAX, 65_536)  # glibc's own values
+        libc.mallopt(_TRIM_THRESHOLD, 128 * 1024)
+        libc.malloc_trim(0)

@@ -1,9 +1,20 @@
 """Devices: what the processor says it can do, and how it takes small numbers."""
 
+import os
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 
-from fastvlm.device import flush_denormals, has_fast_bfloat16, is_flushing_denormals, matrix_flops_per_second, place
+from fastvlm.device import (
+    flush_denormals,
+    has_fast_bfloat16,
+    is_flushing_denormals,
+    keep_freed_memory,
+    matrix_flops_per_second,
+    place,
+)
 from fastvlm.errors import DeviceError
 
 
@@ -58,3 +69,25 @@ def test_measuring_the_device_leaves_the_random_numbers_of_others_as_they_were()
     assert matrix_flops_per_second(place("cpu", "float32"), seconds=0.0) > 0
 
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+@pytest.mark.parametrize(("device", "is_kept"), [("cpu", True), ("meta", False)])
+def test_freed_memory_is_kept_for_the_length_of_the_block(device, is_kept):
+    size = 1 << 28
+    before = resident_bytes()
+
+    with keep_freed_memory(torch.device(device)):
+        matrix = torch.ones(size, dtype=torch.uint8)
+        held = resident_bytes() - before
+        del matrix
+        kept = resident_bytes() - before
+    left = resident_bytes() - before
+
+    assert held > 0.9 * size
+    assert (kept > 0.9 * size) is is_kept
+    assert left < 0.1 * size

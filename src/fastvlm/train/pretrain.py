@@ -18,7 +18,7 @@ from torch import Tensor
 from fastvlm.checkpoint.load import load_encoder
 from fastvlm.checkpoint.save import write_encoder
 from fastvlm.config import ENCODERS, PRESETS, LanguageConfig, VisionConfig, table_rows
-from fastvlm.device import Placement, flush_denormals, place
+from fastvlm.device import Placement, flush_denormals, keep_freed_memory, place
 from fastvlm.errors import ConfigError, FastVLMError, InputError, TrainingError
 from fastvlm.model.vision import FastViTHD
 from fastvlm.options import PretrainOptions
@@ -103,7 +103,7 @@ def run(
         model = _model(options, tokenizer).to(placement.device)
         model.vision.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         dataset = PairDataset(sources, tokenizer, options, model.vision.config.image_size)
-        with ExitStack() as held, flush_denormals():
+        with ExitStack() as held, flush_denormals(), keep_freed_memory(placement.device):
             group.first(lambda: held.enter_context(folder.locked()) and None)
             group.first(check)  # again: another run may have come and gone while the data was opened
             pretraining = _Pretraining(options, model, dataset, learned, placement, group, folder)

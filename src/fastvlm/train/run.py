@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from fastvlm.checkpoint.adapter import write_adapter
 from fastvlm.checkpoint.build import shapes_only
 from fastvlm.checkpoint.save import tensor_entries, write_folder
-from fastvlm.device import Placement, flush_denormals, matrix_flops_per_second, place
+from fastvlm.device import Placement, flush_denormals, keep_freed_memory, matrix_flops_per_second, place
 from fastvlm.errors import InputError, TrainingError
 from fastvlm.model import fused
 from fastvlm.model.fastvlm import FastVLM
@@ -162,7 +162,7 @@ class _Run:
                 step=trainer.step,
             )
         try:
-            with flush_denormals():
+            with flush_denormals(), keep_freed_memory(self.placement.device):
                 is_ended = trainer.run(
                     self._pieces(trainer),
                     self._hooks(follow, score, wants_end),

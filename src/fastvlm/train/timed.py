@@ -17,7 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 from fastvlm.checkpoint.load import load
-from fastvlm.device import flush_denormals, matrix_flops_per_second, peak_bytes_on, place, synchronize
+from fastvlm.device import (
+    flush_denormals,
+    keep_freed_memory,
+    matrix_flops_per_second,
+    peak_bytes_on,
+    place,
+    synchronize,
+)
 from fastvlm.options import Learning
 from fastvlm.train.data import Batch
 from fastvlm.train.learning import checkpoint_activations, choose_what_learns
@@ -89,7 +96,7 @@ def time_steps(folder: Path, batch: Path, how: argparse.Namespace, group: Group 
     )
     trainer.set_train_mode()
     seconds, processor_seconds, losses = [], [], []
-    with flush_denormals():
+    with flush_denormals(), keep_freed_memory(placement.device):
         for _ in range(how.steps + 1):
             start, begun = time.perf_counter(), time.process_time()
             result = trainer.train_step([rows], 1.0)
