@@ -132,7 +132,9 @@ def trained(tmp_path):
     save_file({"optimizer.x.exp_avg": torch.zeros(3)}, folder / STATE)
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     (folder / "options.json").write_text(
-        json.dumps({"output": "/home/me/cats", "lr": 2e-5, "stage": "2", "workers": 3})
+        json.dumps(
+            {"output": "/home/me/cats", "lr": 2e-5, "stage": "2", "workers": 3, "lora_rank": 16, "learn_vision": "full"}
+        )
     )
     (folder / "LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
     return folder
@@ -196,6 +198,9 @@ def test_an_upload_is_a_checkpoint_that_loads_with_its_licence_and_a_card(push, 
     assert "license: apache-2.0\n" in card
     assert '"lr": 2e-05' in card
     assert '"stage": "2"' in card
+    assert '"learn_vision": "full"' in card
+    assert "lora_rank" not in card, "nothing learned by LoRA"
+    assert "workers" not in card
     assert "/home/me" not in card
     assert hub.repositories["me/cats"]["visibility"] == "private"
     assert hub.messages == ["First cats"]

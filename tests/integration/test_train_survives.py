@@ -205,7 +205,7 @@ def test_c8_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(rows, 
     folder = tmp_path / "run"
 
     with pytest.raises(TrainingError, match="not a finite number in 3 steps on end, up to step 3"):
-        run(options(rows, folder, model=str(poisoned(tmp_path)), max_skipped=3, steps=50))
+        run(options(rows, folder, model=str(poisoned(tmp_path)), max_skipped=3, steps=50, save_steps=1))
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     skipped = [line["skipped"] for line in lines if "skipped" in line]

@@ -32,7 +32,19 @@ _LICENCES: Final = {  # the hub's name of a licence, and words that its text has
     "cc-by-4.0": "Attribution 4.0 International",
     "cc-by-nc-4.0": "Attribution-NonCommercial 4.0",
 }
-_UNTOLD: Final = ("workers", "log_every", "save_minutes", "quiet", "resume")  # numbers of a run that shaped no weight
+_UNTOLD: Final = (  # numbers of a run that shaped no weight
+    "workers",
+    "log_every",
+    "save_minutes",
+    "save_steps",
+    "validate_every",
+    "shown_answers",
+    "keep",
+    "timeout",
+    "quiet",
+    "resume",
+)
+_LEARNING: Final = ("learn_vision", "learn_projector", "learn_language")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,10 +262,14 @@ def _card(place: Path, repository: str, licence: str | None, summary: str, usage
 
 
 def _told(options: Path) -> dict[str, Any]:
-    """Numbers, switches and the stage of a run: nothing that names a place on somebody's disk."""
+    """Numbers, switches, the stage and what of a run learned: nothing that names a place on somebody's disk."""
     values = read_json(options) if options.is_file() else {}
+    has_updates = "lora" in (values.get(name) for name in _LEARNING)
     return {
         key: value
         for key, value in values.items()
-        if key not in _UNTOLD and (key == "stage" or isinstance(value, int | float)) and value not in (None, False)
+        if (key == "stage" or key in _LEARNING or isinstance(value, int | float))
+        and value not in (None, False)
+        and key not in _UNTOLD
+        and (has_updates or not key.startswith("lora_"))
     }

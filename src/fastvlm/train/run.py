@@ -383,6 +383,8 @@ class _Run:
 
     def _is_save_due(self, trainer: Trainer) -> bool:
         options = self.options
+        if trainer.num_skipped_on_end:  # perhaps the weights are past saving, and older ones would make room for them
+            return False
         if options.save_steps is not None:
             return trainer.step % options.save_steps == 0
         return self.group.first(lambda: time.monotonic() - self.last_saved > 60 * options.save_minutes)
