@@ -239,11 +239,12 @@ def _gpu_steps(runs: Iterable[Results]) -> str:
     rows = []
     for run in sorted(runs, key=lambda run: (run["settings"]["processes"], run["settings"]["dtype"])):
         said = run["settings"]
+        model = said["model"].replace("0.5b", "0.5B")
         for name, row in run["results"].items():
             compiled = ", compiled" if said["compile"] and name.startswith("fastvlm") else ""
             rows.append(
                 (
-                    f"{said['batch_size']} of {said['image_size']} px, {said['dtype']}",
+                    f"{model}, {said['batch_size']} of {said['image_size']} px, {said['dtype']}",
                     f"{name}{compiled}",
                     f"{1000 * row['seconds_a_step']:.0f}",
                     f"{row['samples_per_second']:.1f}",
@@ -254,7 +255,7 @@ def _gpu_steps(runs: Iterable[Results]) -> str:
                 )
             )
     head = (
-        "rows",
+        "model, rows",
         "program",
         "ms a step",
         "samples/s",

@@ -166,7 +166,7 @@ def test_c8_weights_that_are_not_finite_are_not_saved(rows, tmp_path):
         model.projector.fc1.weight.data.fill_(torch.nan)
         return {}
 
-    with pytest.raises(TrainingError, match="weights behind step 3 are not finite numbers and are not saved"):
+    with pytest.raises(TrainingError, match="weights behind step 2 are not finite numbers and are not saved"):
         run(options(rows, folder, save_steps=1, validate_every=1, steps=3), score=poison)
 
     assert RunFolder(folder).latest().facts["step"] == 1

@@ -177,6 +177,7 @@ class _Run:
                     f"the loss or its gradient was not a finite number in any of the {trainer.step} steps; nothing was "
                     f"learned; lower --lr, or look at the data and at {options.model}"
                 )
+            self._check_weights(trainer)
             self._save(trainer)
         finally:
             if self.log is not None:
@@ -286,8 +287,12 @@ class _Run:
 
         def after_step(trainer: Trainer) -> None:
             if self._is_save_due(trainer):
-                self._save(trainer)
-                self.last_saved = time.monotonic()
+                self._check_weights(trainer)
+                if (
+                    not trainer.num_skipped_on_end
+                ):  # else what can be saved may be past use, and would replace what is not
+                    self._save(trainer)
+                    self.last_saved = time.monotonic()
             if trainer.step % self.options.validate_every == 0:
                 self._validate(trainer, score)
 
@@ -383,18 +388,18 @@ class _Run:
 
     def _is_save_due(self, trainer: Trainer) -> bool:
         options = self.options
-        if trainer.num_skipped_on_end:  # perhaps the weights are past saving, and older ones would make room for them
-            return False
         if options.save_steps is not None:
             return trainer.step % options.save_steps == 0
         return self.group.first(lambda: time.monotonic() - self.last_saved > 60 * options.save_minutes)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _check_weights(self, trainer: Trainer) -> None:
         if self.group.sum(sum(not bool(torch.isfinite(tensor).all()) for tensor in _weights(trainer.objective))):
             raise TrainingError(
                 f"weights behind step {trainer.step} are not finite numbers and are not saved; "
                 f"the last checkpoint stays; lower --lr"
             )
+
+    def _save(self, trainer: Trainer) -> None:
         # Each process has statistics of its own on a CPU; those of the first are the run's.
         self.group.spread(statistics(self.model))
         whole = _of_model(self.group.whole_state(trainer.objective))

@@ -26,7 +26,7 @@ CAPTION_SUFFIXES: Final = (".txt", ".caption")
 METADATA: Final = ("metadata.jsonl", "metadata.csv")
 """What a folder of pictures may hold, as Hugging Face's `imagefolder` has it: a row a picture, with its `file_name`."""
 _MAX_CAPTION_BYTES: Final = 1 << 20
-_NUM_WEIGHED: Final = 1000  # samples of a list whose pictures are looked at for its fingerprint
+_NUM_MEASURED: Final = 1000  # samples of a list whose pictures are looked at for its fingerprint
 _BOM: Final = b"\xef\xbb\xbf"
 
 
@@ -242,13 +242,13 @@ def _sizes(picture: Path) -> str:
 
 
 def _with_pictures(digest: str, source: Source) -> str:
-    """Add to a fingerprint what the pictures of rows in equal distances weigh; to ask for all takes long."""
-    step = max(1, -(-len(source) // _NUM_WEIGHED))
-    lines = [digest, *(_weights(source, index) for index in range(0, len(source), step))]
+    """Add to a fingerprint the sizes of pictures that rows in equal distances name; to ask for all takes long."""
+    step = max(1, -(-len(source) // _NUM_MEASURED))
+    lines = [digest, *(_picture_sizes(source, index) for index in range(0, len(source), step))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _weights(source: Source, index: int) -> str:
+def _picture_sizes(source: Source, index: int) -> str:
     """Bytes of each picture that a sample names."""
     try:
         paths = [picture.path for picture in source.read(index).pictures]
