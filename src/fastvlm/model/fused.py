@@ -104,12 +104,43 @@ class FusedConv(nn.Module):
         self._layouts = {**dict(last), size: packed}
         return packed
 
-    def plus(self, x: Tensor, skip: Tensor) -> Tensor:
-        """Do what `forward` does, and add `skip` `(P, C', h', w')`."""
+    def add_to(self, skip: Tensor, x: Tensor) -> Tensor:
+        """Do what `forward` does, add it to `skip` `(P, C', h', w')` in place, and return that."""
         weight = self._laid_out(x.shape)
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, skip, weight, self.bias, self.padding, self.stride, [1, 1], self.groups, "add", 1.0, None, [], None
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            skip, x, weight, self.bias, self.padding, self.stride, [1, 1], self.groups, "add", 1.0, None, [], None
         )
+
+
+class WideningConv(nn.Module):
+    """A depthwise convolution that makes several outputs of each input, with GELU: as many that make one of each.
+
+    oneDNN has no kernel for the former but one for any groups, three to five times as slow. The first outputs of all
+    inputs come first, then the second ones: what reads them takes its own inputs in that order (`order`).
+    """
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(conv, nn.Conv2d)
+        assert conv.bias is not None
+        self.times = conv.out_channels // conv.groups
+        parts = []
+        for index in range(self.times):
+            part = nn.Conv2d(
+                conv.groups, conv.groups, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups, device="meta"
+            )
+            part.weight = nn.Parameter(conv.weight.detach()[index :: self.times].clone(), requires_grad=False)
+            part.bias = nn.Parameter(conv.bias.detach()[index :: self.times].clone(), requires_grad=False)
+            parts.append(FusedConv(part, has_gelu=True))
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(P, C, h, w)` to `(P, C', h', w')`."""
+        return torch.cat([part(x) for part in self.parts], dim=1)
+
+    def order(self, weight: Tensor) -> Tensor:
+        """Take the inputs `(N, C', ...)` of what reads the outputs in the order in which they come."""
+        return torch.cat([weight[:, index :: self.times] for index in range(self.times)], dim=1)
 
 
 class FusedFFN(nn.Module):
@@ -122,18 +153,17 @@ class FusedFFN(nn.Module):
         self.fc2 = FusedConv(ffn.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(P, C, h, w)` to the same."""
+        """`(P, C, h, w)`, which is lost, to the same."""
         mixed = self.conv(x)
         num_images, _, height, width = x.shape
         if height * width <= STRIP:
-            return self.fc2.plus(self.fc1(mixed), x)
+            return self.fc2.add_to(x, self.fc1(mixed))
         lines = math.ceil(height / math.ceil(height * width / STRIP))
-        out = torch.empty_like(mixed)
         for image in range(num_images):
             for top in range(0, height, lines):
                 strip = (slice(image, image + 1), slice(None), slice(top, top + lines))
-                out[strip] = self.fc2.plus(self.fc1(mixed[strip]), x[strip])
-        return out
+                self.fc2.add_to(x[strip], self.fc1(mixed[strip]))
+        return x
 
 
 class QuantizedFFN(nn.Module):
@@ -198,9 +228,7 @@ def _fuse_stage(stage: nn.Module, library: ctypes.CDLL | None) -> None:
     assert isinstance(stage, Stage)
     if not isinstance(stage.downsample, nn.Identity):
         assert isinstance(stage.downsample, Downsample)
-        large, small = stage.downsample.proj[0], stage.downsample.proj[1]
-        assert isinstance(large, LargeKernel)
-        stage.downsample = nn.Sequential(_fused(large.reparam_conv, has_gelu=True), _mobile_one(small))
+        stage.downsample = _downsample(*stage.downsample.proj)
     if isinstance(stage.pos_emb, PositionalEncoding):
         stage.pos_emb = _fused(stage.pos_emb.reparam_conv)
     for index, block in enumerate(stage.blocks):
@@ -210,6 +238,18 @@ def _fuse_stage(stage: nn.Module, library: ctypes.CDLL | None) -> None:
         else:
             assert isinstance(block, AttentionBlock)
             stage.blocks[index] = FusedAttentionBlock(block, library)
+
+
+def _downsample(large: nn.Module, small: nn.Module) -> nn.Module:
+    assert isinstance(large, LargeKernel)
+    assert isinstance(small, MobileOne)
+    assert large.reparam_conv is not None
+    assert small.reparam_conv is not None
+    if large.reparam_conv.out_channels == large.reparam_conv.groups or small.reparam_conv.groups != 1:
+        return nn.Sequential(_fused(large.reparam_conv, has_gelu=True), _mobile_one(small))
+    widening = WideningConv(large.reparam_conv)
+    small.reparam_conv.weight.data = widening.order(small.reparam_conv.weight.data)
+    return nn.Sequential(widening, _mobile_one(small))
 
 
 def _ffn(ffn: ConvFFN, library: ctypes.CDLL | None) -> FusedFFN | QuantizedFFN:
