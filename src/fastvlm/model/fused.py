@@ -9,6 +9,7 @@ Letters: `P` images, `h, w` feature grid, `N = h * w`, `C` channels.
 
 import ctypes
 import math
+from copy import copy
 from typing import Final
 
 import torch
@@ -126,9 +127,9 @@ class WideningConv(nn.Module):
         self.times = conv.out_channels // conv.groups
         parts = []
         for index in range(self.times):
-            part = nn.Conv2d(
-                conv.groups, conv.groups, conv.kernel_size, conv.stride, conv.padding, groups=conv.groups, device="meta"
-            )
+            part = copy(conv)
+            part._parameters = {}
+            part.in_channels = part.out_channels = conv.groups
             part.weight = nn.Parameter(conv.weight.detach()[index :: self.times].clone(), requires_grad=False)
             part.bias = nn.Parameter(conv.bias.detach()[index :: self.times].clone(), requires_grad=False)
             parts.append(FusedConv(part, has_gelu=True))
