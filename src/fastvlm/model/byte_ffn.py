@@ -10,18 +10,15 @@ Letters: `P` images, `h, w` feature grid, `C` channels, `N` outputs and `K` inpu
 import ctypes
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvlm.model.compiled import openmp
+from fastvlm.model.gelu import fit
 from fastvlm.model.quantize import ZERO, QuantizedConv
 
 _PANEL: Final = 32  # outputs that the kernel computes together, as in native/encoder.cpp
-_TERMS: Final = 13  # of the polynomial
-_END: Final = 5.0  # of what it stands for: beyond, GELU is 0 or the identity to 1.4e-6
-_POINTS: Final = 4096
 
 
 class _Layer(ctypes.Structure):
@@ -32,10 +29,6 @@ class _Layer(ctypes.Structure):
     ]
 
 
-class _Gelu(ctypes.Structure):
-    _fields_ = [("end", ctypes.c_float), ("terms", ctypes.c_float * _TERMS)]
-
-
 class ByteFFN(nn.Module):
     """The two wide layers of a ConvFFN and the skip around them."""
 
@@ -43,7 +36,7 @@ class ByteFFN(nn.Module):
         """Lay out the weights as the kernel reads them; see `QuantizedConv.is_centred`."""
         super().__init__()
         self.fc1, self.fc2 = _ByteLayer(fc1), _ByteLayer(fc2)
-        self._library, self._gelu, self._parallel = library, _gelu(), openmp()
+        self._library, self._gelu, self._parallel = library, fit(), openmp()
 
     def add_to(self, skip: Tensor, x: Tensor) -> Tensor:
         """Add what becomes of `x` to `skip`, both `(P, C, h, w)` in float32, the channels last in memory; return it."""
@@ -87,13 +80,3 @@ class _ByteLayer(nn.Module):
         names = ("weight", "scales", "sums", "bias")
         where = {name: self.get_buffer(name).data_ptr() for name in names}
         return _Layer(**where, inputs=self.num_inputs, outputs=self.num_outputs)
-
-
-def _gelu() -> _Gelu:
-    """GELU is relu(x) - t Phi(-t), t = |x|: the latter as a polynomial, to 7e-6, in place of an error function."""
-    at = np.cos((np.arange(_POINTS) + 0.5) * np.pi / _POINTS)
-    size = torch.from_numpy((at + 1) / 2 * _END)
-    wanted = (size * torch.special.ndtr(-size)).numpy()
-    fitted = np.polynomial.chebyshev.Chebyshev.fit(at, wanted, _TERMS - 1, domain=[-1, 1])
-    terms = fitted.convert(kind=np.polynomial.Polynomial, domain=[-1, 1], window=[-1, 1]).coef
-    return _Gelu(_END, (ctypes.c_float * _TERMS)(*terms[::-1]))

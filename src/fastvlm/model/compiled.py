@@ -8,6 +8,11 @@ def can_multiply_bytes(library: ctypes.CDLL) -> bool:
     return bool(library.fastvlm_multiplies_bytes())
 
 
+def has_tiles(library: ctypes.CDLL) -> bool:
+    """Whether it was built for a processor with AMX's tiles of bfloat16, and the system lets this program use them."""
+    return bool(library.fastvlm_has_tiles())
+
+
 def openmp() -> ctypes.c_void_p | None:
     """How PyTorch's own threads are called upon; where that is not found, the library starts threads of its own."""
     try:

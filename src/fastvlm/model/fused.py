@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvlm.model.byte_ffn import ByteFFN
+from fastvlm.model.compiled import has_tiles
 from fastvlm.model.quantize import QuantizedConv
+from fastvlm.model.tile_ffn import TileFFN, can_tile
 from fastvlm.model.vision import (
     Attention,
     AttentionBlock,
@@ -55,7 +57,7 @@ def fuse(vision: FastViTHD, library: ctypes.CDLL | None = None) -> FastViTHD:
 
     Args:
         vision: The encoder.
-        library: What `fastvlm.native.build.library` returns: needed where ConvFFNs are quantised.
+        library: What `fastvlm.native.build.library` returns; needed where ConvFFNs are quantised.
     """
     for index, module in enumerate(vision.stem):
         vision.stem[index] = _mobile_one(module)
@@ -179,6 +181,18 @@ class QuantizedFFN(nn.Module):
         return self.wide.add_to(x, self.conv(x))
 
 
+class TiledFFN(nn.Module):
+    """A ConvFFN whose 1 x 1 convolutions go through AMX's tiles, and the skip around it."""
+
+    def __init__(self, ffn: ConvFFN, library: ctypes.CDLL) -> None:
+        super().__init__()
+        self.conv, self.wide = FusedConv(ffn.conv), TileFFN(ffn.fc1, ffn.fc2, library)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(P, C, h, w)`, which is lost, to the same."""
+        return self.wide.add_to(x, self.conv(x))
+
+
 class FusedLinear(nn.Module):
     """A linear layer whose matrix is laid out for oneDNN."""
 
@@ -253,10 +267,12 @@ def _downsample(large: nn.Module, small: nn.Module) -> nn.Module:
     return nn.Sequential(widening, _mobile_one(small))
 
 
-def _ffn(ffn: ConvFFN, library: ctypes.CDLL | None) -> FusedFFN | QuantizedFFN:
+def _ffn(ffn: ConvFFN, library: ctypes.CDLL | None) -> nn.Module:
     if isinstance(ffn.fc1, QuantizedConv) and isinstance(ffn.fc2, QuantizedConv):
         assert library is not None
         return QuantizedFFN(ffn.conv, ffn.fc1, ffn.fc2, library)
+    if library is not None and can_tile(ffn.fc1, ffn.fc2) and has_tiles(library):
+        return TiledFFN(ffn, library)
     return FusedFFN(ffn)
 
 

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from fastvlm.config import LanguageConfig
 from fastvlm.errors import ContextError
 from fastvlm.model.cache import KVCache
-from fastvlm.model.compiled import can_multiply_bytes, openmp
+from fastvlm.model.compiled import can_multiply_bytes, has_tiles, openmp
 from fastvlm.model.halves import HalfEmbedding, HalfLinear
 from fastvlm.model.language import Layer, Qwen2, RMSNorm
-from fastvlm.model.quantize import QuantizedEmbedding, QuantizedLinear, quantized_layers
+from fastvlm.model.quantize import QuantizedEmbedding, QuantizedLinear
 
 MOST_TOKENS: Final = 8
 """More tokens than this, rows counted, are faster as products of matrices."""
@@ -32,6 +32,7 @@ _MOST_HALVES: Final = 48
 _MOST_PAIRS: Final = 2**15
 """Of a token and a position before it, beyond `MOST_TOKENS`: attention to more is faster by PyTorch."""
 _TILE_BYTES: Final = 2**20  # of floats at once: they stay in the cache until they are multiplied with
+_TILED: Final = 32  # of which `multiply_tiles` takes rows, columns and groups, as in native/tile_products.cpp
 _BITS: Final = {torch.float32: 32, torch.bfloat16: 16}
 
 
@@ -91,10 +92,10 @@ class NativeQwen2(nn.Module):
         super().__init__()
         self.language = language
         self._kernels = _Kernels(language, library, num_threads)
-        for name, layer in quantized_layers(language).items():
-            if isinstance(layer, QuantizedLinear):
+        for name, layer in list(language.layers.named_modules()):
+            if isinstance(layer, QuantizedLinear) or (isinstance(layer, nn.Linear) and self._kernels.has_tiles):
                 parent, _, own = name.rpartition(".")
-                setattr(language.get_submodule(parent), own, _ManyLinear(layer, self._kernels))
+                setattr(language.layers.get_submodule(parent), own, _ManyLinear(layer, self._kernels))
 
     @property
     def config(self) -> LanguageConfig:
@@ -146,20 +147,26 @@ class NativeQwen2(nn.Module):
 
 
 class _ManyLinear(nn.Module):
-    """A quantised layer for many tokens.
+    """A layer for many tokens.
 
-    Its numbers are multiplied as bytes where the processor does that and activations are float32; elsewhere floats are
-    made of a tile of its rows at a time, and multiplied with.
+    In bfloat16 it goes through AMX's tiles where the processor has them. In float32 the numbers of a quantised one are
+    multiplied as bytes where the processor does that. Elsewhere floats are made of a tile of its rows at a time, and
+    multiplied with.
     """
 
-    def __init__(self, layer: QuantizedLinear, kernels: "_Kernels") -> None:
+    def __init__(self, layer: nn.Linear | QuantizedLinear, kernels: "_Kernels") -> None:
         super().__init__()
         self.bias, self._kernels, self._matrix = layer.bias, kernels, kernels.matrix(layer)
+        self._whole = layer if isinstance(layer, nn.Linear) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., K)` to `(..., N)`."""
         if x.dtype == torch.float32 and self._kernels.multiplies_bytes:
             return self._kernels.multiply_many(self._matrix, x)
+        if x.dtype == torch.bfloat16 and self._kernels.can_tile(self._matrix):
+            return self._kernels.multiply_tiles(self._matrix, x)
+        if self._whole is not None:
+            return self._whole(x)
         num_rows, num_columns = self._matrix.rows, self._matrix.columns
         product = x.new_empty(*x.shape[:-1], num_rows)
         step = max(1, _TILE_BYTES // (num_columns * x.element_size()))
@@ -181,6 +188,7 @@ class _Kernels:
         self._pool = ctypes.c_void_p(library.fastvlm_pool(num_threads))
         self._num_threads, self._parallel = num_threads, openmp()
         self.multiplies_bytes = can_multiply_bytes(library)
+        self.has_tiles = language.norm.weight.dtype == torch.bfloat16 and has_tiles(library)
         config = language.config
         self._layers = (_Layer * config.num_layers)(*(self._layer(layer) for layer in language.layers))
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
@@ -252,6 +260,25 @@ class _Kernels:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         product = torch.empty(len(rows), matrix.rows)
         self._library.fastvlm_products(
+            self._parallel,
+            ctypes.c_int32(self._num_threads),
+            ctypes.byref(matrix),
+            ctypes.c_void_p(rows.data_ptr()),
+            ctypes.c_int64(len(rows)),
+            ctypes.c_void_p(product.data_ptr()),
+        )
+        return product.view(*x.shape[:-1], -1)
+
+    def can_tile(self, matrix: _Matrix) -> bool:
+        """Whether `multiply_tiles` takes this matrix."""
+        sizes = (matrix.rows, matrix.columns, matrix.group)  # the group of one that is not quantised is 0
+        return self.has_tiles and matrix.bits <= 16 and not any(size % _TILED for size in sizes)
+
+    def multiply_tiles(self, matrix: _Matrix, x: Tensor) -> Tensor:
+        """`(..., K)` to `(..., N)`, both bfloat16, for many rows, in AMX's tiles; see `can_tile`."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        product = rows.new_empty(len(rows), matrix.rows)
+        self._library.fastvlm_tile_products(
             self._parallel,
             ctypes.c_int32(self._num_threads),
             ctypes.byref(matrix),

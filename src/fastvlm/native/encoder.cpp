@@ -11,13 +11,13 @@
 #include "bytes.h"
 
 #if HAS_BYTE_PRODUCTS
+#include "gelu.h"
 
 namespace {
 
 constexpr int64_t BLOCK = 4 * TILE;  // positions: they share what is read of the weights
 constexpr int LANES = 16;
 constexpr float STEPS = 255;
-constexpr int TERMS = 13;
 
 struct Layer {              // fields as in fastvlm/model/byte_ffn.py; padded to whole panels
     const int8_t* weight;   // (N / PANEL_WIDTH, K / 4, PANEL_WIDTH, 4)
@@ -25,11 +25,6 @@ struct Layer {              // fields as in fastvlm/model/byte_ffn.py; padded to
     const float* sums;      // (N): of an output's numbers
     const float* bias;      // (N)
     int64_t inputs, outputs;
-};
-
-struct Gelu {               // relu(x) - p(min(|x|, end)), p a polynomial in 2 |x| / end - 1, highest power first
-    float end;
-    float terms[TERMS];
 };
 
 // A row's activations are (byte - zero) * scale.
@@ -53,14 +48,6 @@ inline void write_bytes(const float* x, int64_t size, Range to, int8_t* out) {
         const __m512i whole = _mm512_max_epi32(_mm512_cvtps_epi32(scaled), _mm512_setzero_si512());
         _mm512_mask_cvtusepi32_storeu_epi8(out + i, mask, whole);
     }
-}
-
-inline __m512 gelu(__m512 x, const Gelu& by) {
-    const __m512 size = _mm512_min_ps(_mm512_abs_ps(x), _mm512_set1_ps(by.end));
-    const __m512 at = _mm512_fmsub_ps(size, _mm512_set1_ps(2 / by.end), _mm512_set1_ps(1));
-    __m512 value = _mm512_set1_ps(by.terms[0]);
-    for (int i = 1; i < TERMS; ++i) value = _mm512_fmadd_ps(value, at, _mm512_set1_ps(by.terms[i]));
-    return _mm512_sub_ps(_mm512_max_ps(_mm512_setzero_ps(), x), value);  // in this order NaN stays NaN
 }
 
 // What one thread needs for a block.
