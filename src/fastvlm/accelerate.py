@@ -84,7 +84,7 @@ def accelerate(
     if placement.is_cuda:
         model.add_module("language", GraphedQwen2(model.language, kernels))
     elif compiled is not None and can_compile(model.language):
-        model.add_module("language", NativeQwen2(model.language, compiled, torch.get_num_threads()))
+        model.add_module("language", NativeQwen2(model.language, compiled, torch.get_num_threads(), forget))
     elif placement.device.type == "cpu":
         quantized_cpu.prepare(model, forget)
         if packed.can_pack(model.language):

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from fastvlm.model.byte_ffn import ByteFFN
 from fastvlm.model.compiled import has_tiles
 from fastvlm.model.quantize import QuantizedConv
-from fastvlm.model.tile_ffn import TileFFN, can_tile
+from fastvlm.model.tile_ffn import TileFFN
+from fastvlm.model.tiles import can_tile
 from fastvlm.model.vision import (
     Attention,
     AttentionBlock,
@@ -271,7 +272,7 @@ def _ffn(ffn: ConvFFN, library: ctypes.CDLL | None) -> nn.Module:
     if isinstance(ffn.fc1, QuantizedConv) and isinstance(ffn.fc2, QuantizedConv):
         assert library is not None
         return QuantizedFFN(ffn.conv, ffn.fc1, ffn.fc2, library)
-    if library is not None and can_tile(ffn.fc1, ffn.fc2) and has_tiles(library):
+    if library is not None and can_tile(ffn.fc1.weight) and can_tile(ffn.fc2.weight) and has_tiles(library):
         return TiledFFN(ffn, library)
     return FusedFFN(ffn)
 

@@ -10,7 +10,7 @@ Letters: `B` rows, `T` tokens, `D` width, `V` vocabulary, `N` outputs and `K` in
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -23,7 +23,9 @@ from fastvlm.model.cache import KVCache
 from fastvlm.model.compiled import can_multiply_bytes, has_tiles, openmp
 from fastvlm.model.halves import HalfEmbedding, HalfLinear
 from fastvlm.model.language import Layer, Qwen2, RMSNorm
+from fastvlm.model.packed import forget_nothing
 from fastvlm.model.quantize import QuantizedEmbedding, QuantizedLinear
+from fastvlm.model.tiles import MULTIPLE, can_tile, tiles_of
 
 MOST_TOKENS: Final = 8
 """More tokens than this, rows counted, are faster as products of matrices."""
@@ -32,7 +34,6 @@ _MOST_HALVES: Final = 48
 _MOST_PAIRS: Final = 2**15
 """Of a token and a position before it, beyond `MOST_TOKENS`: attention to more is faster by PyTorch."""
 _TILE_BYTES: Final = 2**20  # of floats at once: they stay in the cache until they are multiplied with
-_TILED: Final = 32  # of which `multiply_tiles` takes rows, columns and groups, as in native/tile_products.cpp
 _BITS: Final = {torch.float32: 32, torch.bfloat16: 16}
 
 
@@ -47,6 +48,7 @@ class _Matrix(ctypes.Structure):
         ("group", ctypes.c_int64),
         ("bits", ctypes.c_int32),
         ("scale_bits", ctypes.c_int32),
+        ("is_tiled", ctypes.c_int32),
     ]
 
 
@@ -87,15 +89,31 @@ def can_compile(language: Qwen2) -> bool:
 class NativeQwen2(nn.Module):
     """A language model on the CPU, few tokens of which are read by compiled kernels."""
 
-    def __init__(self, language: Qwen2, library: ctypes.CDLL, num_threads: int) -> None:
-        """Wrap a model; `library` is what `fastvlm.native.build.library` returns."""
+    def __init__(
+        self,
+        language: Qwen2,
+        library: ctypes.CDLL,
+        num_threads: int,
+        forget: Callable[[Tensor], None] = forget_nothing,
+    ) -> None:
+        """Wrap a model; `library` is what `fastvlm.native.build.library` returns.
+
+        Where the processor has tiles, matrices of bfloat16 are laid out for them; `forget` is called with each weight
+        that was copied.
+        """
         super().__init__()
         self.language = language
-        self._kernels = _Kernels(language, library, num_threads)
-        for name, layer in list(language.layers.named_modules()):
-            if isinstance(layer, QuantizedLinear) or (isinstance(layer, nn.Linear) and self._kernels.has_tiles):
-                parent, _, own = name.rpartition(".")
-                setattr(language.layers.get_submodule(parent), own, _ManyLinear(layer, self._kernels))
+        if language.norm.weight.dtype == torch.bfloat16 and has_tiles(library):
+            _exchange(language.layers, lambda layer: _tiled(layer, forget))
+        self._kernels = kernels = _Kernels(language, library, num_threads)
+        _exchange(
+            language.layers,
+            lambda layer: _ManyLinear(layer, kernels) if isinstance(layer, QuantizedLinear | TiledLinear) else None,
+        )
+        for layer in language.layers:
+            mlp = layer.get_submodule("mlp")
+            if all(isinstance(linear, _ManyLinear) and linear.is_tiled for linear in mlp.children()):
+                layer.add_module("mlp", _ManyMLP(mlp, kernels))
 
     @property
     def config(self) -> LanguageConfig:
@@ -146,6 +164,19 @@ class NativeQwen2(nn.Module):
         return num_tokens <= self._kernels.most_tokens and num_pairs <= _MOST_PAIRS
 
 
+class TiledLinear(nn.Module):
+    """A matrix of bfloat16 as the tiles of AMX take it, a right factor: `(N / 16, K / 32, 16, 16, 2)`."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.shape = linear.weight.shape
+        self.register_buffer("weight", tiles_of(linear.weight.detach()), persistent=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
+
+
 class _ManyLinear(nn.Module):
     """A layer for many tokens.
 
@@ -154,29 +185,60 @@ class _ManyLinear(nn.Module):
     multiplied with.
     """
 
-    def __init__(self, layer: nn.Linear | QuantizedLinear, kernels: "_Kernels") -> None:
+    def __init__(self, layer: QuantizedLinear | TiledLinear, kernels: "_Kernels") -> None:
         super().__init__()
-        self.bias, self._kernels, self._matrix = layer.bias, kernels, kernels.matrix(layer)
-        self._whole = layer if isinstance(layer, nn.Linear) else None
+        self.bias, self.is_tiled = layer.bias, isinstance(layer, TiledLinear)
+        self._kernels, self.matrix = kernels, kernels.matrix(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., K)` to `(..., N)`."""
         if x.dtype == torch.float32 and self._kernels.multiplies_bytes:
-            return self._kernels.multiply_many(self._matrix, x)
-        if x.dtype == torch.bfloat16 and self._kernels.can_tile(self._matrix):
-            return self._kernels.multiply_tiles(self._matrix, x)
-        if self._whole is not None:
-            return self._whole(x)
-        num_rows, num_columns = self._matrix.rows, self._matrix.columns
+            return self._kernels.multiply_many(self.matrix, x)
+        if self._kernels.can_tile(self.matrix):
+            return self._kernels.multiply_tiles(self.matrix, x)
+        num_rows, num_columns = self.matrix.rows, self.matrix.columns
         product = x.new_empty(*x.shape[:-1], num_rows)
         step = max(1, _TILE_BYTES // (num_columns * x.element_size()))
         tile = x.new_empty(min(step, num_rows), num_columns)
         for begin in range(0, num_rows, step):
             end = min(begin + step, num_rows)
             floats = tile[: end - begin]
-            self._kernels.write_floats(self._matrix, begin, end, floats)
+            self._kernels.write_floats(self.matrix, begin, end, floats)
             product[..., begin:end] = F.linear(x, floats)
         return product if self.bias is None else product + self.bias
+
+
+class _ManyMLP(nn.Module):
+    """A gated feed-forward layer in tiles: the gate is applied before anything is written."""
+
+    def __init__(self, mlp: nn.Module, kernels: "_Kernels") -> None:
+        super().__init__()
+        self._kernels, self.down_proj = kernels, mlp.get_submodule("down_proj")
+        self._gate, self._up = (_matrix_of(mlp.get_submodule(name)) for name in ("gate_proj", "up_proj"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, T, D)` to the same."""
+        return self.down_proj(self._kernels.multiply_tiles(self._gate, x, self._up))
+
+
+def _matrix_of(layer: nn.Module) -> _Matrix:
+    assert isinstance(layer, _ManyLinear)
+    return layer.matrix
+
+
+def _exchange(layers: nn.Module, new: Callable[[nn.Module], nn.Module | None]) -> None:
+    for name, layer in list(layers.named_modules()):
+        if (other := new(layer)) is not None:
+            parent, _, own = name.rpartition(".")
+            setattr(layers.get_submodule(parent), own, other)
+
+
+def _tiled(layer: nn.Module, forget: Callable[[Tensor], None]) -> TiledLinear | None:
+    if not isinstance(layer, nn.Linear) or not can_tile(layer.weight):
+        return None
+    tiled = TiledLinear(layer)
+    forget(layer.weight)
+    return tiled
 
 
 class _Kernels:
@@ -271,17 +333,21 @@ class _Kernels:
 
     def can_tile(self, matrix: _Matrix) -> bool:
         """Whether `multiply_tiles` takes this matrix."""
-        sizes = (matrix.rows, matrix.columns, matrix.group)  # the group of one that is not quantised is 0
-        return self.has_tiles and matrix.bits <= 16 and not any(size % _TILED for size in sizes)
+        sizes = (matrix.rows, matrix.columns, matrix.group)
+        return bool(matrix.is_tiled) or (self.has_tiles and matrix.bits < 16 and not any(n % MULTIPLE for n in sizes))
 
-    def multiply_tiles(self, matrix: _Matrix, x: Tensor) -> Tensor:
-        """`(..., K)` to `(..., N)`, both bfloat16, for many rows, in AMX's tiles; see `can_tile`."""
+    def multiply_tiles(self, matrix: _Matrix, x: Tensor, other: _Matrix | None = None) -> Tensor:
+        """`(..., K)` to `(..., N)`, both bfloat16, for many rows, in AMX's tiles; see `can_tile`.
+
+        Of two matrices in tiles, the first product's SiLU times the second product.
+        """
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         product = rows.new_empty(len(rows), matrix.rows)
         self._library.fastvlm_tile_products(
             self._parallel,
             ctypes.c_int32(self._num_threads),
             ctypes.byref(matrix),
+            None if other is None else ctypes.byref(other),
             ctypes.c_void_p(rows.data_ptr()),
             ctypes.c_int64(len(rows)),
             ctypes.c_void_p(product.data_ptr()),
@@ -338,10 +404,12 @@ class _Kernels:
             )
         weight = module.weight
         assert isinstance(weight, Tensor)
+        num_rows, num_columns = module.shape if isinstance(module, TiledLinear) else weight.shape
         return _Matrix(
             weight=self._pointer(weight),
-            rows=weight.shape[0],
-            columns=weight.shape[1],
+            rows=num_rows,
+            columns=num_columns,
+            is_tiled=isinstance(module, TiledLinear),
             bits=_BITS[weight.dtype],
             **common,
         )

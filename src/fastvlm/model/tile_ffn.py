@@ -7,17 +7,13 @@ Letters: `P` images, `h, w` feature grid, `C` channels, `N` outputs and `K` inpu
 """
 
 import ctypes
-from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from fastvlm.model.compiled import openmp
 from fastvlm.model.gelu import fit
-
-_SIDE: Final = 16  # outputs in a tile, as in native/tiles.h
-_DEPTH: Final = 32  # inputs in a tile
-_MULTIPLE: Final = 32  # of which the kernel takes inputs and outputs
+from fastvlm.model.tiles import tiles_of
 
 
 class _Layer(ctypes.Structure):
@@ -29,22 +25,11 @@ class _Layer(ctypes.Structure):
     ]
 
 
-def can_tile(*convs: nn.Module) -> bool:
-    """Whether the kernel takes these layers, once it is known that the processor has tiles."""
-    return all(
-        isinstance(conv, nn.Conv2d)
-        and conv.weight.dtype == torch.bfloat16
-        and conv.in_channels % _MULTIPLE == 0
-        and conv.out_channels % _MULTIPLE == 0
-        for conv in convs
-    )
-
-
 class TileFFN(nn.Module):
     """The two wide layers of a ConvFFN and the skip around them."""
 
     def __init__(self, fc1: nn.Module, fc2: nn.Module, library: ctypes.CDLL) -> None:
-        """Lay out the weights as the kernel reads them; see `can_tile`."""
+        """Lay out the weights as the kernel reads them; see `tiles.can_tile`."""
         super().__init__()
         self.fc1, self.fc2 = _TileLayer(fc1), _TileLayer(fc2)
         self._library, self._gelu, self._parallel = library, fit(), openmp()
@@ -76,9 +61,7 @@ class _TileLayer(nn.Module):
         super().__init__()
         assert isinstance(conv, nn.Conv2d)
         assert conv.bias is not None
-        matrix = conv.weight.detach().flatten(1)  # (N, K)
-        tiles = matrix.view(-1, _SIDE, conv.in_channels // _DEPTH, _DEPTH // 2, 2).permute(0, 2, 3, 1, 4)
-        self.register_buffer("weight", tiles.contiguous(), persistent=False)
+        self.register_buffer("weight", tiles_of(conv.weight.detach().flatten(1)), persistent=False)
         self.register_buffer("bias", conv.bias.detach().float(), persistent=False)
         self.num_inputs, self.num_outputs = conv.in_channels, conv.out_channels
 

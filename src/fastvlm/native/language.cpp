@@ -125,6 +125,7 @@ public:
                 for (int64_t i = group * m.group; i < (group + 1) * m.group; ++i) total += inputs[token].plain[i];
                 sums[token * num_groups + group] = total;
             }
+        if (m.is_tiled) return multiply_tiled(m, inputs, take);
         const int64_t begin = m.rows * index / pool.size, end = m.rows * (index + 1) / pool.size;
         if (m.bits == 16) {
             // Some rows at a time, which stay in the cache for all tokens, in blocks of a few rows and a few tokens.
@@ -171,6 +172,23 @@ public:
     Pool& pool;
     const int index;
     std::vector<float> sums, scores;
+
+private:
+    template <typename Take>
+    void multiply_tiled(const Matrix& m, const std::vector<Vector>& inputs, const Take& take) {
+        const int64_t tiles = m.rows / SIDE_OF_TILES, num_tokens = inputs.size();
+        float products[TOKENS][SIDE_OF_TILES];
+        for (int64_t tile = tiles * index / pool.size; tile < tiles * (index + 1) / pool.size; ++tile)
+            for (int64_t token = 0; token < num_tokens; token += TOKENS) {
+                const int64_t first = tile * SIDE_OF_TILES, count = std::min<int64_t>(num_tokens - token, TOKENS);
+                dot_tiles(static_cast<const uint16_t*>(m.weight) + first * m.columns, m.columns, inputs.data() + token,
+                          count, products);
+                for (int64_t t = 0; t < count; ++t)
+                    for (int64_t n = 0; n < SIDE_OF_TILES; ++n)
+                        take(token + t, first + n, products[t][n] + (m.bias ? m.bias[first + n] : 0));
+            }
+    }
+
     float block[ROWS][TOKENS];
 #if HAS_BYTE_PRODUCTS
     std::vector<Numbers> numbers;

@@ -31,6 +31,7 @@ struct Matrix {           // (N, K) row by row; fields as in fastvlm/model/nativ
     int64_t rows, columns, group;
     int32_t bits;         // 32, 16, 8 or 4
     int32_t scale_bits;   // 32 or 16: format of scales and biases
+    int32_t is_tiled;     // of 16 bits: not row by row but as right factor of AMX's tiles, (N / 16, K / 32, 16, 16, 2)
 };
 
 typedef float Floats __attribute__((vector_size(4 * LANES), may_alias, aligned(4)));
@@ -180,6 +181,44 @@ void dot_bfloat16(const uint16_t* weight, int64_t size, const Vector* x, int64_t
         case 2: return dot_bfloat16<N, 2>(weight, size, x, out);
         case 3: return dot_bfloat16<N, 3>(weight, size, x, out);
         default: return dot_bfloat16<N, TOKENS>(weight, size, x, out);
+    }
+}
+
+constexpr int64_t SIDE_OF_TILES = 16;  // rows
+
+// The same of SIDE_OF_TILES rows that lie in tiles, `weight` the first of them: to out (T, SIDE_OF_TILES).
+template <int T>
+void dot_tiles(const uint16_t* weight, int64_t size, const Vector* x, float (*out)[SIDE_OF_TILES]) {
+    constexpr int CHAINS = T == 1 ? 4 : T == 2 ? 2 : 1;  // of sums, so that none waits for another
+    Floats sums[CHAINS][T][2] = {};
+    for (int64_t pair = 0; pair < size / 2; pair += CHAINS) {
+#pragma GCC unroll 4
+        for (int chain = 0; chain < CHAINS; ++chain) {
+            const Pairs* pairs = reinterpret_cast<const Pairs*>(weight + (pair + chain) * 2 * SIDE_OF_TILES);
+            fetch_ahead(pairs);
+            const Floats even = reinterpret_cast<Floats>(*pairs << 16);
+            const Floats odd = reinterpret_cast<Floats>(*pairs & 0xffff0000u);
+#pragma GCC unroll 4
+            for (int token = 0; token < T; ++token) {
+                sums[chain][token][0] += even * x[token].even[pair + chain];
+                sums[chain][token][1] += odd * x[token].odd[pair + chain];
+            }
+        }
+    }
+    for (int token = 0; token < T; ++token) {
+        Floats total = sums[0][token][0] + sums[0][token][1];
+        for (int chain = 1; chain < CHAINS; ++chain) total += sums[chain][token][0] + sums[chain][token][1];
+        std::memcpy(out[token], &total, sizeof total);
+    }
+}
+
+inline void dot_tiles(const uint16_t* weight, int64_t size, const Vector* x, int64_t num_tokens,
+                      float (*out)[SIDE_OF_TILES]) {
+    switch (num_tokens) {
+        case 1: return dot_tiles<1>(weight, size, x, out);
+        case 2: return dot_tiles<2>(weight, size, x, out);
+        case 3: return dot_tiles<3>(weight, size, x, out);
+        default: return dot_tiles<TOKENS>(weight, size, x, out);
     }
 }
 

@@ -7,7 +7,6 @@
 // Letters: R positions of a block, K inputs and N outputs of a layer.
 
 #include <algorithm>
-#include <vector>
 
 #include "tiles.h"
 
@@ -31,15 +30,19 @@ struct Layer {               // fields as in fastvlm/model/tile_ffn.py
 class Block {
 public:
     Block(const Layer& first, const Layer& second, const Gelu& by, int64_t size)
-        : first(first), second(second), by(by), hidden(size * first.outputs), rest(BLOCK_ROWS * first.inputs) {}
+        : first(first),
+          second(second),
+          by(by),
+          hidden(Room<Block, uint16_t>::of(size * first.outputs + BLOCK_ROWS * first.inputs)),
+          rest(hidden + size * first.outputs) {}
 
     void run(const uint16_t* x, uint16_t* total, int64_t count) {
         const int64_t whole = count / BLOCK_ROWS * BLOCK_ROWS;
         if (whole < count) {  // what is missing to a block is zero
-            std::fill(rest.begin(), rest.end(), 0);
-            std::copy(x + whole * first.inputs, x + count * first.inputs, rest.begin());
+            std::fill(rest, rest + BLOCK_ROWS * first.inputs, 0);
+            std::copy(x + whole * first.inputs, x + count * first.inputs, rest);
         }
-        const auto rows = [&](int64_t row) { return row < whole ? x + row * first.inputs : rest.data(); };
+        const auto rows = [&](int64_t row) { return row < whole ? x + row * first.inputs : rest; };
         widen(rows, count);
         narrow(total, count);
     }
@@ -55,14 +58,14 @@ private:
             const __m512 left = _mm512_loadu_ps(first.bias + last_out), right = _mm512_loadu_ps(first.bias + last_out + LANES);
             for (int64_t line = begin; line < end; ++line) {
                 const float* own = from + line * BLOCK_COLUMNS;
-                store_halves(hidden.data() + (last_row + line) * width + last_out,
+                store_halves(hidden + (last_row + line) * width + last_out,
                              gelu(_mm512_add_ps(_mm512_load_ps(own), left), by),
                              gelu(_mm512_add_ps(_mm512_load_ps(own + LANES), right), by));
             }
         };
         for (int64_t out = 0; out < width; out += BLOCK_COLUMNS)
             for (int64_t row = 0; row < count; row += BLOCK_ROWS) {
-                multiply_block<2>(rows(row), first.inputs, first.weight + out / SIDE * apart, apart, steps, false, sums[now],
+                multiply_block<2, 2>(rows(row), first.inputs, first.weight + out / SIDE * apart, apart, steps, false, sums[now],
                                   [&](int64_t step) {
                                       if (last_out >= 0)
                                           finish(step * lines, std::min(step * lines + lines, BLOCK_ROWS));
@@ -76,7 +79,7 @@ private:
         const int64_t steps = second.inputs / DEPTH, apart = second.inputs * SIDE, width = second.outputs;
         for (int64_t out = 0; out < width; out += BLOCK_COLUMNS)
             for (int64_t row = 0; row < count; row += BLOCK_ROWS) {
-                multiply_block<2>(hidden.data() + row * second.inputs, second.inputs, second.weight + out / SIDE * apart,
+                multiply_block<2, 2>(hidden + row * second.inputs, second.inputs, second.weight + out / SIDE * apart,
                                   apart, steps, false, sums[0], [](int64_t) {});
                 const __m512 left = _mm512_loadu_ps(second.bias + out), right = _mm512_loadu_ps(second.bias + out + LANES);
                 for (int64_t line = 0; line < std::min(BLOCK_ROWS, count - row); ++line) {
@@ -90,7 +93,7 @@ private:
 
     const Layer first, second;
     const Gelu by;
-    std::vector<uint16_t> hidden, rest;
+    uint16_t *hidden, *rest;
     alignas(64) float sums[2][BLOCK_ROWS * BLOCK_COLUMNS];
 };
 

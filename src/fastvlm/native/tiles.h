@@ -24,6 +24,7 @@ constexpr int64_t SIDE = 16;    // rows of a tile, and columns of the right fact
 constexpr int64_t DEPTH = 32;   // inputs in a tile
 constexpr int64_t TILE_SIZE = SIDE * DEPTH;
 constexpr int64_t BLOCK_ROWS = 2 * SIDE, BLOCK_COLUMNS = 2 * SIDE;  // sums that fill four tiles
+constexpr int64_t BLOCK_SIZE = BLOCK_ROWS * BLOCK_COLUMNS;
 
 // The shapes of all eight tiles, as long as this lives; then what they were before comes back.
 class TileShapes {
@@ -54,47 +55,61 @@ private:
 // Keeps the compiler from moving what is written and read past instructions on tiles, whose memory it does not see.
 inline void settle() { asm volatile("" ::: "memory"); }
 
-// Sums (BLOCK_ROWS, COLUMNS tiles) of `left`, rows `stride` numbers apart, times `right`, whose columns of tiles are
-// `apart` numbers apart; added to `sums` if `is_more`, or written there. Between steps of DEPTH inputs, between(step).
-template <int COLUMNS, typename Between>
+// Room that a thread keeps from call to call for a class: the system must clear each page of what is fresh.
+template <typename Owner, typename Kind>
+class Room {
+public:
+    static Kind* of(int64_t size) {
+        thread_local std::vector<Line> kept;
+        const size_t lines = (size * sizeof(Kind) + sizeof(Line) - 1) / sizeof(Line);
+        if (kept.size() < lines) kept.resize(lines);
+        return reinterpret_cast<Kind*>(kept.data());
+    }
+
+private:
+    struct alignas(64) Line {
+        uint8_t bytes[64];
+    };
+};
+
+// Sums (ROWS by COLUMNS tiles, lines of BLOCK_COLUMNS) of `left`, rows `stride` numbers apart, times `right`, whose
+// columns of tiles are `apart` numbers apart; added to `sums` if `is_more`, or written there. Between steps of DEPTH
+// inputs, between(step).
+template <int ROWS, int COLUMNS, typename Between>
 inline void multiply_block(const uint16_t* left, int64_t stride, const uint16_t* right, int64_t apart, int64_t steps,
                            bool is_more, float* sums, const Between& between) {
     const int64_t bytes = stride * sizeof *left, line = BLOCK_COLUMNS * sizeof *sums;
     settle();
     if (is_more) {
         _tile_loadd(0, sums, line);
-        _tile_loadd(2, sums + SIDE * BLOCK_COLUMNS, line);
-        if constexpr (COLUMNS == 2) {
-            _tile_loadd(1, sums + SIDE, line);
-            _tile_loadd(3, sums + SIDE * BLOCK_COLUMNS + SIDE, line);
-        }
+        if constexpr (COLUMNS == 2) _tile_loadd(1, sums + SIDE, line);
+        if constexpr (ROWS == 2) _tile_loadd(2, sums + SIDE * BLOCK_COLUMNS, line);
+        if constexpr (ROWS == 2 && COLUMNS == 2) _tile_loadd(3, sums + SIDE * BLOCK_COLUMNS + SIDE, line);
     } else {
         _tile_zero(0);
+        _tile_zero(1);
         _tile_zero(2);
-        if constexpr (COLUMNS == 2) {
-            _tile_zero(1);
-            _tile_zero(3);
-        }
+        _tile_zero(3);
     }
     for (int64_t step = 0; step < steps; ++step) {
         _tile_loadd(4, left + step * DEPTH, bytes);
         _tile_loadd(6, right + step * TILE_SIZE, 64);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, left + SIDE * stride + step * DEPTH, bytes);
-        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (ROWS == 2) {
+            _tile_loadd(5, left + SIDE * stride + step * DEPTH, bytes);
+            _tile_dpbf16ps(2, 5, 6);
+        }
         if constexpr (COLUMNS == 2) {
             _tile_loadd(7, right + apart + step * TILE_SIZE, 64);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
         }
+        if constexpr (ROWS == 2 && COLUMNS == 2) _tile_dpbf16ps(3, 5, 7);
         between(step);
     }
     _tile_stored(0, sums, line);
-    _tile_stored(2, sums + SIDE * BLOCK_COLUMNS, line);
-    if constexpr (COLUMNS == 2) {
-        _tile_stored(1, sums + SIDE, line);
-        _tile_stored(3, sums + SIDE * BLOCK_COLUMNS + SIDE, line);
-    }
+    if constexpr (COLUMNS == 2) _tile_stored(1, sums + SIDE, line);
+    if constexpr (ROWS == 2) _tile_stored(2, sums + SIDE * BLOCK_COLUMNS, line);
+    if constexpr (ROWS == 2 && COLUMNS == 2) _tile_stored(3, sums + SIDE * BLOCK_COLUMNS + SIDE, line);
     settle();
 }
 

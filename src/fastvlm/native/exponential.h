@@ -1,0 +1,24 @@
+// exp of 16 floats: 2^n times a polynomial of what is left, to 1e-7.
+
+#pragma once
+
+#include <immintrin.h>
+
+namespace {
+
+inline __m512 exponential(__m512 x) {
+    const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693145752f), x);  // ln 2 in two parts
+    rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(1.42860677e-6f), rest);
+    __m512 sum = _mm512_set1_ps(1 / 720.0f);
+    for (const float term : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f})
+        sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(term));
+    return _mm512_scalef_ps(sum, whole);
+}
+
+inline __m512 silu(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1);
+    return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+}  // namespace
