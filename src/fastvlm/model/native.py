@@ -110,6 +110,10 @@ class NativeQwen2(nn.Module):
             language.layers,
             lambda layer: _ManyLinear(layer, kernels) if isinstance(layer, QuantizedLinear | TiledLinear) else None,
         )
+        if not kernels.has_tiles:
+            return
+        if language.config.dim % MULTIPLE == 0:
+            _exchange(language.layers, lambda layer: _ManyNorm(layer, kernels) if isinstance(layer, RMSNorm) else None)
         for layer in language.layers:
             mlp = layer.get_submodule("mlp")
             if all(isinstance(linear, _ManyLinear) and linear.is_tiled for linear in mlp.children()):
@@ -219,6 +223,18 @@ class _ManyMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, T, D)` to the same."""
         return self.down_proj(self._kernels.multiply_tiles(self._gate, x, self._up))
+
+
+class _ManyNorm(nn.Module):
+    """An RMSNorm of many tokens in bfloat16, by one pass."""
+
+    def __init__(self, norm: RMSNorm, kernels: "_Kernels") -> None:
+        super().__init__()
+        self.weight, self.eps, self._kernels = norm.weight.detach().float(), norm.eps, kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., D)` to the same."""
+        return self._kernels.normalise(x, self.weight, self.eps)
 
 
 def _matrix_of(layer: nn.Module) -> _Matrix:
@@ -353,6 +369,37 @@ class _Kernels:
             ctypes.c_void_p(product.data_ptr()),
         )
         return product.view(*x.shape[:-1], -1)
+
+    def normalise(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm of `(..., D)` in bfloat16, where there are tiles and D is a multiple of `MULTIPLE`."""
+        given = x.contiguous()
+        normed = torch.empty_like(given)
+        self._library.fastvlm_tile_norm(
+            self._parallel,
+            ctypes.c_int32(self._num_threads),
+            ctypes.c_void_p(given.data_ptr()),
+            ctypes.c_void_p(weight.data_ptr()),
+            ctypes.c_int64(given.shape[:-1].numel()),
+            ctypes.c_int64(given.shape[-1]),
+            ctypes.c_float(eps),
+            ctypes.c_void_p(normed.data_ptr()),
+        )
+        return normed
+
+    def turn(self, x: Tensor, angles: tuple[Tensor, Tensor], num_heads: int) -> None:
+        """Turn the heads of `(B, T, A * E)` in bfloat16 in place by `angles` `(B, 1, T, E)`, as `rotate` does."""
+        assert x.is_contiguous()
+        head_dim = x.shape[-1] // num_heads
+        turns = [angle.expand(len(x), -1, -1, -1).contiguous() for angle in angles]
+        self._library.fastvlm_tile_rotate(
+            self._parallel,
+            ctypes.c_int32(self._num_threads),
+            ctypes.c_void_p(x.data_ptr()),
+            *(ctypes.c_void_p(turn.data_ptr()) for turn in turns),
+            ctypes.c_int64(x.shape[:2].numel()),
+            ctypes.c_int64(num_heads),
+            ctypes.c_int64(head_dim),
+        )
 
     def write_floats(self, matrix: _Matrix, begin: int, end: int, out: Tensor) -> None:
         """Write rows of a quantised matrix as floats to `out` `(end - begin, K)`."""
