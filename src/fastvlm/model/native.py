@@ -116,7 +116,7 @@ class NativeQwen2(nn.Module):
             _exchange(language.layers, lambda layer: _ManyNorm(layer, kernels) if isinstance(layer, RMSNorm) else None)
         for layer in language.layers:
             mlp = layer.get_submodule("mlp")
-            if all(isinstance(linear, _ManyLinear) and linear.is_tiled for linear in mlp.children()):
+            if all(isinstance(linear, _ManyLinear) and kernels.can_tile(linear.matrix) for linear in mlp.children()):
                 layer.add_module("mlp", _ManyMLP(mlp, kernels))
 
     @property
@@ -191,8 +191,7 @@ class _ManyLinear(nn.Module):
 
     def __init__(self, layer: QuantizedLinear | TiledLinear, kernels: "_Kernels") -> None:
         super().__init__()
-        self.bias, self.is_tiled = layer.bias, isinstance(layer, TiledLinear)
-        self._kernels, self.matrix = kernels, kernels.matrix(layer)
+        self.bias, self._kernels, self.matrix = layer.bias, kernels, kernels.matrix(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., K)` to `(..., N)`."""
@@ -355,7 +354,7 @@ class _Kernels:
     def multiply_tiles(self, matrix: _Matrix, x: Tensor, other: _Matrix | None = None) -> Tensor:
         """`(..., K)` to `(..., N)`, both bfloat16, for many rows, in AMX's tiles; see `can_tile`.
 
-        Of two matrices in tiles, the first product's SiLU times the second product.
+        Of two matrices, the first product's SiLU times the second product.
         """
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         product = rows.new_empty(len(rows), matrix.rows)

@@ -23,7 +23,7 @@ void each_token(Parallel parallel, int32_t num_threads, int64_t num_tokens, cons
 }
 
 inline void store_half(uint16_t* to, __m512 values) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(halves_of(values)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(halves_of(values, values)));
 }
 
 }  // namespace

@@ -114,17 +114,14 @@ inline void multiply_block(const uint16_t* left, int64_t stride, const uint16_t*
 }
 
 // Two vectors of floats as one of bfloat16, to the nearest.
-inline void store_halves(uint16_t* to, __m512 first, __m512 second) {
+inline __m512i halves_of(__m512 first, __m512 second) {
     const __m512bh both = _mm512_cvtne2ps_pbh(second, first);
-    std::memcpy(to, &both, sizeof both);
+    __m512i halves;
+    std::memcpy(&halves, &both, sizeof halves);
+    return halves;
 }
 
-inline __m512i halves_of(__m512 values) {  // in the lower half
-    const __m256bh halves = _mm512_cvtneps_pbh(values);
-    __m512i whole = _mm512_setzero_si512();
-    std::memcpy(&whole, &halves, sizeof halves);
-    return whole;
-}
+inline void store_halves(uint16_t* to, __m512 first, __m512 second) { _mm512_storeu_si512(to, halves_of(first, second)); }
 
 inline __m512 load_halves(const uint16_t* from) {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
