@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from fastvlm.model.byte_ffn import ByteFFN
 from fastvlm.model.compiled import has_tiles
 from fastvlm.model.quantize import QuantizedConv
+from fastvlm.model.tile_attention import TileKernel, can_attend
 from fastvlm.model.tile_ffn import TileFFN
 from fastvlm.model.tiles import can_tile
 from fastvlm.model.vision import (
@@ -228,6 +229,9 @@ class FusedAttentionBlock(nn.Module):
         attention: Attention = block.token_mixer
         self.head_dim = attention.head_dim
         self.qkv, self.proj = FusedLinear(attention.qkv, 256), FusedLinear(attention.proj, 256)
+        self._kernel: TileKernel | None = None
+        if library is not None and can_attend(library, attention.qkv.weight.dtype, self.head_dim):
+            self._kernel = TileKernel(library)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(P, C, h, w)` to the same."""
@@ -235,8 +239,12 @@ class FusedAttentionBlock(nn.Module):
         rows = x.flatten(2).transpose(1, 2)  # (P, N, C), free of copies when x is channels_last
         qkv = self.qkv(self.norm(rows)).view(num_images, -1, 3, dim // self.head_dim, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (P, heads, N, head_dim)
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(rows.shape)
-        rows = rows + self.proj(mixed)  # (P, N, C)
+        if self._kernel is None:
+            mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        else:
+            mixed = qkv.new_empty(qkv[:, :, 0].shape)  # (P, N, heads, head_dim)
+            self._kernel.attend(query, key, value, mixed.transpose(1, 2), is_causal=False)
+        rows = rows + self.proj(mixed.reshape(rows.shape))  # (P, N, C)
         return self.ffn(rows.view(num_images, height, width, dim).permute(0, 3, 1, 2))
 
 

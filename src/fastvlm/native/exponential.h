@@ -1,4 +1,4 @@
-// exp of 16 floats: 2^n times a polynomial of what is left, to 1e-7.
+// Exponentials of 16 floats: 2^n times a polynomial of what is left, to 1e-7.
 
 #pragma once
 
@@ -14,6 +14,16 @@ inline __m512 exponential(__m512 x) {
     for (const float term : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f})
         sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(term));
     return _mm512_scalef_ps(sum, whole);
+}
+
+// 2^x, and 0 for 2^-126 and less, which the processor would take hundreds of cycles for.
+inline __m512 power_of_two(__m512 x) {
+    const __mmask16 is_normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);  // or NaN, which stays
+    const __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);   // x - floor(x)
+    __m512 sum = _mm512_set1_ps(0.00187757668f);
+    for (const float term : {0.00898934014f, 0.0558263179f, 0.240153617f, 0.693153073f, 0.999999925f})
+        sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(term));
+    return _mm512_maskz_scalef_ps(is_normal, sum, x);  // sum * 2^floor(x)
 }
 
 inline __m512 silu(__m512 x) {
