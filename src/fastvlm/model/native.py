@@ -22,9 +22,10 @@ from fastvlm.errors import ContextError
 from fastvlm.model.cache import KVCache
 from fastvlm.model.compiled import can_multiply_bytes, has_tiles, openmp
 from fastvlm.model.halves import HalfEmbedding, HalfLinear
-from fastvlm.model.language import Layer, Qwen2, RMSNorm
+from fastvlm.model.language import Attention, Layer, Qwen2, RMSNorm
 from fastvlm.model.packed import forget_nothing
 from fastvlm.model.quantize import QuantizedEmbedding, QuantizedLinear
+from fastvlm.model.tile_attention import TileAttention, can_attend
 from fastvlm.model.tiles import MULTIPLE, can_tile, tiles_of
 
 MOST_TOKENS: Final = 8
@@ -118,6 +119,9 @@ class NativeQwen2(nn.Module):
             mlp = layer.get_submodule("mlp")
             if all(isinstance(linear, _ManyLinear) and kernels.can_tile(linear.matrix) for linear in mlp.children()):
                 layer.add_module("mlp", _ManyMLP(mlp, kernels))
+            attention = layer.get_submodule("self_attn")
+            if isinstance(attention, Attention) and can_attend(library, torch.bfloat16, attention.head_dim):
+                layer.add_module("self_attn", _ManyAttention(attention, library, kernels))
 
     @property
     def config(self) -> LanguageConfig:
@@ -234,6 +238,21 @@ class _ManyNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(..., D)` to the same."""
         return self._kernels.normalise(x, self.weight, self.eps)
+
+
+class _ManyAttention(TileAttention):
+    """Attention of many tokens in bfloat16: queries and keys are turned where they lie."""
+
+    def __init__(self, attention: Attention, library: ctypes.CDLL, kernels: "_Kernels") -> None:
+        super().__init__(attention, library)
+        self._kernels = kernels
+
+    def project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what `Attention.project` does."""
+        query, key, value = (linear(x) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        self._kernels.turn(query, angles, self.num_heads)
+        self._kernels.turn(key, angles, self.num_kv_heads)
+        return self.heads(query), self.heads(key), self.heads(value)
 
 
 def _matrix_of(layer: nn.Module) -> _Matrix:
