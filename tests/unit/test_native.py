@@ -98,10 +98,9 @@ def test_bfloat16_is_nearer_to_float32_than_the_models_own_operators_are(kernels
 @pytest.mark.parametrize("config", [CONFIG, ODD], ids=["even", "odd"])
 @pytest.mark.parametrize("num_tokens", [2, 3, 4, 5, 8])
 def test_tokens_that_are_read_together_give_what_each_gives_alone(kernels, config, num_tokens):
-    language = language_of(config, torch.bfloat16)
-    native = NativeQwen2(language, kernels, 2)
+    native = NativeQwen2(language_of(config, torch.bfloat16), kernels, 2)
     hidden = torch.randn(num_tokens, config.dim, dtype=torch.bfloat16)
-    expected = copy.deepcopy(language).float().head(hidden.float())
+    expected = language_of(config, torch.bfloat16).float().head(hidden.float())
 
     together = native.head(hidden)
 
