@@ -255,7 +255,7 @@ def test_where_bytes_are_not_multiplied_the_encoder_is_what_its_floats_are(folde
     if is_compiled:
         request.getfixturevalue("multiplying")
     found = accelerate(model, placement, is_compiled=is_compiled, engine="openvino" if why == "openvino" else "torch")
-    expected = accelerate(floats, placement).vision
+    expected = accelerate(floats, placement, is_compiled=is_compiled).vision
 
     assert not quantized_layers(found.vision)
     assert not any(isinstance(module, QuantizedFFN) for module in found.modules())

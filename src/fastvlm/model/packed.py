@@ -8,22 +8,32 @@ Letters: `B` rows, `T` tokens, `D` width, `M` rows of activations (all tokens).
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastvlm.device import cpu_flags
 from fastvlm.model.fused import FusedLinear
 from fastvlm.model.language import Attention, Layer, Qwen2, join, linear_of, rotate
 
 _ROWS: Final = 64  # the layout hardly depends on how many tokens come
 _FEWEST: Final = 4
 """Fewer rows of activations are filled up: oneDNN reads memory faster for four than for fewer (docs/log.md)."""
+_FEWEST_IN_TILES: Final = 16
+"""The same where it multiplies in AMX's tiles, which hold so many."""
 
 
 def forget_nothing(_: Tensor) -> None:
     """Keep a weight that was copied."""
+
+
+@cache
+def fewest_rows() -> int:
+    """How many rows of activations this processor is given at least."""
+    return _FEWEST_IN_TILES if "amx_bf16" in cpu_flags() else _FEWEST
 
 
 def can_pack(language: Qwen2) -> bool:
@@ -122,7 +132,7 @@ def _exchange(parent: nn.Module, name: str, linear: nn.Linear, forget: Callable[
 
 
 def _enough_rows(x: Tensor) -> Tensor:
-    """`(..., D)` to `(M, D)`, M at least `_FEWEST`; what is added is zero."""
+    """`(..., D)` to `(M, D)`, M at least `fewest_rows()`; what is added is zero."""
     rows = x.flatten(0, -2)
-    missing = _FEWEST - len(rows)
+    missing = fewest_rows() - len(rows)
     return F.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows
