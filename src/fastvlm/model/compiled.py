@@ -13,6 +13,11 @@ def has_tiles(library: ctypes.CDLL) -> bool:
     return bool(library.fastvlm_has_tiles())
 
 
+def has_depthwise(library: ctypes.CDLL) -> bool:
+    """Whether it was built for a processor with AVX-512, and convolves each channel by itself."""
+    return bool(library.fastvlm_has_depthwise())
+
+
 def openmp() -> ctypes.c_void_p | None:
     """How PyTorch's own threads are called upon; where that is not found, the library starts threads of its own."""
     try:

@@ -4,6 +4,8 @@ Nothing else is computed: the activation is applied, and the skip added, while t
 float32, instead of in a pass of its own over the map; and kernels are laid out once as oneDNN reads them, instead of at
 every call.
 
+Depthwise convolutions, and the wide layers of ConvFFNs, are our library's where it is given and has them.
+
 Letters: `P` images, `h, w` feature grid, `N = h * w`, `C` channels.
 """
 
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvlm.model.byte_ffn import ByteFFN
-from fastvlm.model.compiled import has_tiles
+from fastvlm.model.compiled import has_depthwise, has_tiles
+from fastvlm.model.depthwise import DepthwiseConv, can_convolve
 from fastvlm.model.quantize import QuantizedConv
 from fastvlm.model.tile_attention import TileKernel, can_attend
 from fastvlm.model.tile_ffn import TileFFN
@@ -59,13 +62,13 @@ def fuse(vision: FastViTHD, library: ctypes.CDLL | None = None) -> FastViTHD:
 
     Args:
         vision: The encoder.
-        library: What `fastvlm.native.build.library` returns; needed where ConvFFNs are quantised.
+        library: What `fastvlm.native.build.library` returns; needed where ConvFFNs are quantised, faster elsewhere.
     """
     for index, module in enumerate(vision.stem):
-        vision.stem[index] = _mobile_one(module)
+        vision.stem[index] = _mobile_one(module, library)
     for stage in vision.stages:
         _fuse_stage(stage, library)
-    vision.add_module("final_conv", _mobile_one(vision.final_conv))
+    vision.add_module("final_conv", _mobile_one(vision.final_conv, library))
     return vision
 
 
@@ -121,7 +124,7 @@ class WideningConv(nn.Module):
     """A depthwise convolution that makes several outputs of each input, with GELU: as many that make one of each.
 
     oneDNN has no kernel for the former but one for any groups, three to five times as slow. The first outputs of all
-    inputs come first, then the second ones: what reads them takes its own inputs in that order (`order`).
+    inputs come first, then the second ones.
     """
 
     def __init__(self, conv: nn.Module) -> None:
@@ -143,17 +146,13 @@ class WideningConv(nn.Module):
         """`(P, C, h, w)` to `(P, C', h', w')`."""
         return torch.cat([part(x) for part in self.parts], dim=1)
 
-    def order(self, weight: Tensor) -> Tensor:
-        """Take the inputs `(N, C', ...)` of what reads the outputs in the order in which they come."""
-        return torch.cat([weight[:, index :: self.times] for index in range(self.times)], dim=1)
-
 
 class FusedFFN(nn.Module):
     """A ConvFFN and the skip around it; of a large map, strip by strip."""
 
-    def __init__(self, ffn: ConvFFN) -> None:
+    def __init__(self, ffn: ConvFFN, library: ctypes.CDLL | None) -> None:
         super().__init__()
-        self.conv = FusedConv(ffn.conv)
+        self.conv = _fused(ffn.conv, library)
         self.fc1 = FusedConv(ffn.fc1, has_gelu=True)
         self.fc2 = FusedConv(ffn.fc2)
 
@@ -176,7 +175,7 @@ class QuantizedFFN(nn.Module):
 
     def __init__(self, conv: nn.Module, fc1: QuantizedConv, fc2: QuantizedConv, library: ctypes.CDLL) -> None:
         super().__init__()
-        self.conv, self.wide = FusedConv(conv), ByteFFN(fc1, fc2, library)
+        self.conv, self.wide = _fused(conv, library), ByteFFN(fc1, fc2, library)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(P, C, h, w)`, which is lost, to the same."""
@@ -188,7 +187,7 @@ class TiledFFN(nn.Module):
 
     def __init__(self, ffn: ConvFFN, library: ctypes.CDLL) -> None:
         super().__init__()
-        self.conv, self.wide = FusedConv(ffn.conv), TileFFN(ffn.fc1, ffn.fc2, library)
+        self.conv, self.wide = _fused(ffn.conv, library), TileFFN(ffn.fc1, ffn.fc2, library)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(P, C, h, w)`, which is lost, to the same."""
@@ -252,28 +251,37 @@ def _fuse_stage(stage: nn.Module, library: ctypes.CDLL | None) -> None:
     assert isinstance(stage, Stage)
     if not isinstance(stage.downsample, nn.Identity):
         assert isinstance(stage.downsample, Downsample)
-        stage.downsample = _downsample(*stage.downsample.proj)
+        large, small = stage.downsample.proj
+        stage.downsample = _downsample(large, small, library)
     if isinstance(stage.pos_emb, PositionalEncoding):
-        stage.pos_emb = _fused(stage.pos_emb.reparam_conv)
+        stage.pos_emb = _fused(stage.pos_emb.reparam_conv, library)
     for index, block in enumerate(stage.blocks):
         if isinstance(block, RepMixerBlock):
             assert isinstance(block.token_mixer, RepMixer)
-            stage.blocks[index] = nn.Sequential(_fused(block.token_mixer.reparam_conv), _ffn(block.mlp, library))
+            mixer = _fused(block.token_mixer.reparam_conv, library)
+            stage.blocks[index] = nn.Sequential(mixer, _ffn(block.mlp, library))
         else:
             assert isinstance(block, AttentionBlock)
             stage.blocks[index] = FusedAttentionBlock(block, library)
 
 
-def _downsample(large: nn.Module, small: nn.Module) -> nn.Module:
+def _downsample(large: nn.Module, small: nn.Module, library: ctypes.CDLL | None) -> nn.Module:
     assert isinstance(large, LargeKernel)
     assert isinstance(small, MobileOne)
     assert large.reparam_conv is not None
     assert small.reparam_conv is not None
-    if large.reparam_conv.out_channels == large.reparam_conv.groups or small.reparam_conv.groups != 1:
-        return nn.Sequential(_fused(large.reparam_conv, has_gelu=True), _mobile_one(small))
-    widening = WideningConv(large.reparam_conv)
-    small.reparam_conv.weight.data = widening.order(small.reparam_conv.weight.data)
-    return nn.Sequential(widening, _mobile_one(small))
+    times = large.reparam_conv.out_channels // large.reparam_conv.groups
+    if times == 1 or small.reparam_conv.groups != 1:
+        return nn.Sequential(_fused(large.reparam_conv, library, has_gelu=True), _mobile_one(small, library))
+    weight = small.reparam_conv.weight.data  # it takes its inputs in the order in which they come
+    small.reparam_conv.weight.data = torch.cat([weight[:, index::times] for index in range(times)], dim=1)
+    return nn.Sequential(_widening(large.reparam_conv, library), _mobile_one(small, library))
+
+
+def _widening(conv: nn.Conv2d, library: ctypes.CDLL | None) -> nn.Module:
+    if library is not None and can_convolve(conv) and has_depthwise(library):
+        return DepthwiseConv(conv, library, has_gelu=True)
+    return WideningConv(conv)
 
 
 def _ffn(ffn: ConvFFN, library: ctypes.CDLL | None) -> nn.Module:
@@ -282,16 +290,20 @@ def _ffn(ffn: ConvFFN, library: ctypes.CDLL | None) -> nn.Module:
         return QuantizedFFN(ffn.conv, ffn.fc1, ffn.fc2, library)
     if library is not None and can_tile(ffn.fc1.weight) and can_tile(ffn.fc2.weight) and has_tiles(library):
         return TiledFFN(ffn, library)
-    return FusedFFN(ffn)
+    return FusedFFN(ffn, library)
 
 
-def _fused(conv: nn.Conv2d | None, *, has_gelu: bool = False) -> FusedConv:
+def _fused(conv: nn.Module | None, library: ctypes.CDLL | None, *, has_gelu: bool = False) -> nn.Module:
     assert conv is not None, "fold.for_inference comes before"
-    return FusedConv(conv, has_gelu=has_gelu)
+    if library is None or not can_convolve(conv) or not has_depthwise(library):
+        return FusedConv(conv, has_gelu=has_gelu)
+    ours = DepthwiseConv(conv, library, has_gelu=has_gelu)
+    return ours if ours.times == 1 else nn.Sequential(ours, nn.ChannelShuffle(ours.times))
 
 
-def _mobile_one(block: nn.Module) -> nn.Module:
+def _mobile_one(block: nn.Module, library: ctypes.CDLL | None) -> nn.Module:
     assert isinstance(block, MobileOne)
     if block.se is None:
-        return _fused(block.reparam_conv, has_gelu=block.has_act)
-    return nn.Sequential(_fused(block.reparam_conv), block.se, nn.GELU() if block.has_act else nn.Identity())
+        return _fused(block.reparam_conv, library, has_gelu=block.has_act)
+    act = nn.GELU() if block.has_act else nn.Identity()
+    return nn.Sequential(_fused(block.reparam_conv, library), block.se, act)

@@ -1,6 +1,7 @@
 """GELU as the library of `fastvlm.native` computes it: by a polynomial, in place of an error function."""
 
 import ctypes
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -17,6 +18,7 @@ class Gelu(ctypes.Structure):
     _fields_ = [("end", ctypes.c_float), ("terms", ctypes.c_float * _TERMS)]
 
 
+@cache
 def fit() -> Gelu:
     """GELU is relu(x) - t Phi(-t), t = |x|: fit the latter, to 7e-6."""
     at = np.cos((np.arange(_POINTS) + 0.5) * np.pi / _POINTS)

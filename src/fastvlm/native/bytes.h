@@ -15,9 +15,8 @@
 #endif
 
 #if HAS_BYTE_PRODUCTS
-#include <atomic>
-#include <thread>
-#include <vector>
+#include "lanes.h"
+#include "threads.h"
 
 namespace {
 
@@ -52,33 +51,6 @@ __attribute__((noinline)) void multiply_tile(const int8_t* rows, int64_t stride,
         out[row][0] = sums[row][0];
         out[row][1] = sums[row][1];
     }
-}
-
-inline __mmask16 first_lanes(int64_t count) {
-    return count >= 16 ? 0xffff : static_cast<__mmask16>((1 << count) - 1);
-}
-
-// GOMP_parallel of the OpenMP that PyTorch uses: its threads do the work instead of waiting for more of their own.
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
-// Let threads do parts 0, 1, ... of the work, each with what `start` made for it: start()(part).
-template <typename Start>
-void share(Parallel parallel, int32_t num_threads, int64_t num_parts, const Start& start) {
-    std::atomic<int64_t> next{0};
-    const auto work = [&] {
-        auto own = start();
-        for (int64_t part; (part = next.fetch_add(1)) < num_parts;) own(part);
-    };
-    using Work = decltype(work);
-    if (parallel != nullptr) {
-        parallel([](void* what) { (*static_cast<Work*>(what))(); }, const_cast<void*>(static_cast<const void*>(&work)),
-                 static_cast<unsigned>(num_threads), 0);
-        return;
-    }
-    std::vector<std::thread> threads;
-    for (int32_t i = 1; i < num_threads; ++i) threads.emplace_back(work);
-    work();
-    for (auto& thread : threads) thread.join();
 }
 
 }  // namespace
