@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int64_t MOST_WIDTH = 256;  // as in fastvlm/model/tile_attention.py
+constexpr int64_t MOST_WIDTH = 256;                          // as in fastvlm/model/tile_attention.py
 constexpr int64_t CHUNK = 128, BLOCKS = CHUNK / BLOCK_ROWS;  // keys, and blocks of them
 constexpr float SLACK = 8;  // so many powers of two above the highest score so far may a later one be
 
@@ -43,7 +43,9 @@ struct Attention {  // fields as in fastvlm/model/tile_attention.py
 class Context {
 public:
     explicit Context(const Attention& a)
-        : chunks((a.num_keys + CHUNK - 1) / CHUNK), a(a), laid_out(Room<Context, uint16_t>::of(parts() * 2 * CHUNK * a.width)) {}
+        : chunks((a.num_keys + CHUNK - 1) / CHUNK),
+          a(a),
+          laid_out(Room<Context, uint16_t>::of(parts() * 2 * CHUNK * a.width)) {}
 
     int64_t parts() const { return a.num_rows * a.num_kv_heads * chunks; }
 
@@ -87,7 +89,9 @@ private:
 class Block {
 public:
     Block(const Attention& a, const Context& context)
-        : a(a), context(context), scale(static_cast<float>(1 / std::log(2.0) / std::sqrt(static_cast<double>(a.width)))) {}
+        : a(a),
+          context(context),
+          scale(static_cast<float>(1 / std::log(2.0) / std::sqrt(static_cast<double>(a.width)))) {}
 
     void run(int64_t own_row, int64_t own_head, int64_t own_first) {
         row = own_row, head = own_head, kv_head = head / (a.num_heads / a.num_kv_heads), first = own_first;
@@ -108,7 +112,7 @@ public:
             }
             const uint16_t* values = context.values(row, kv_head, begin / BLOCKS);
             for (int64_t column = 0; column < a.width; column += BLOCK_ROWS)
-                multiply_block<2, 2>(values + column * CHUNK, CHUNK, weights, BLOCKS * TILE_SIZE, end - begin, begin > 0,
+                multiply_block<2>(values + column * CHUNK, CHUNK, weights, BLOCKS * TILE_SIZE, end - begin, begin > 0,
                                   mixed + column * BLOCK_COLUMNS, [](int64_t) {});
         }
         finish();
@@ -135,7 +139,8 @@ private:
 
     void score(int64_t block) {
         const uint16_t* keys = context.keys(row, kv_head, block / BLOCKS) + block % BLOCKS * BLOCK_ROWS * a.width;
-        multiply_block<2, 2>(keys, a.width, queries, SIDE * a.width, a.width / DEPTH, false, scores(block), [](int64_t) {});
+        multiply_block<2>(keys, a.width, queries, SIDE * a.width, a.width / DEPTH, false, scores(block),
+                          [](int64_t) {});
     }
 
     // Hide what no query may see, and find the highest scores.
@@ -145,7 +150,8 @@ private:
         if (last >= a.num_keys || (a.is_causal && last > before + first))
             for (int64_t i = 0; i < BLOCK_ROWS; ++i)
                 for (int64_t half = 0; half < 2; ++half) {
-                    const int64_t lanes = a.is_causal ? key + i - before - first - half * SIDE : 0;  // that do not see it
+                    const int64_t lanes =
+                        a.is_causal ? key + i - before - first - half * SIDE : 0;  // that do not see it
                     const bool is_none = key + i >= a.num_keys;
                     const __mmask16 hidden = is_none ? 0xffff : first_lanes(std::max(lanes, int64_t{0}));
                     _mm512_mask_store_ps(own + i * BLOCK_COLUMNS + half * SIDE, hidden, _mm512_set1_ps(-INFINITY));
@@ -165,7 +171,8 @@ private:
         for (int64_t half = 0; half < 2; ++half) {
             higher[half] = _mm512_mul_ps(peak[half], _mm512_set1_ps(scale));
             peak[half] = _mm512_set1_ps(-INFINITY);
-            is_much |= _mm512_cmp_ps_mask(higher[half], _mm512_add_ps(highest[half], _mm512_set1_ps(SLACK)), _CMP_GT_OQ);
+            is_much |=
+                _mm512_cmp_ps_mask(higher[half], _mm512_add_ps(highest[half], _mm512_set1_ps(SLACK)), _CMP_GT_OQ);
         }
         for (int64_t half = 0; half < 2; ++half) {
             if (is_first) {
@@ -238,11 +245,11 @@ private:
     const float scale;  // of scores, whose exponentials are powers of two
     int64_t row, head, kv_head, first;
     __m512 peak[2] = {_mm512_set1_ps(-INFINITY), _mm512_set1_ps(-INFINITY)};  // of scores in the next chunk
-    __m512 highest[2] = {}, total[2] = {};                                    // what weights are measured from; their sums
-    alignas(64) uint16_t queries[BLOCK_COLUMNS * MOST_WIDTH];                 // (2, E / DEPTH, DEPTH / 2, SIDE, 2)
-    alignas(64) float kept[2 * BLOCKS][BLOCK_SIZE];                           // scores of two chunks
-    alignas(64) uint16_t weights[2 * BLOCKS * TILE_SIZE];                     // (2, CHUNK / 2, SIDE, 2)
-    alignas(64) float mixed[MOST_WIDTH * BLOCK_COLUMNS];                      // values, not yet divided
+    __m512 highest[2] = {}, total[2] = {};                     // what weights are measured from; their sums
+    alignas(64) uint16_t queries[BLOCK_COLUMNS * MOST_WIDTH];  // (2, E / DEPTH, DEPTH / 2, SIDE, 2)
+    alignas(64) float kept[2 * BLOCKS][BLOCK_SIZE];            // scores of two chunks
+    alignas(64) uint16_t weights[2 * BLOCKS * TILE_SIZE];      // (2, CHUNK / 2, SIDE, 2)
+    alignas(64) float mixed[MOST_WIDTH * BLOCK_COLUMNS];       // values, not yet divided
 };
 
 }  // namespace

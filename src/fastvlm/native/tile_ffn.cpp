@@ -11,9 +11,10 @@
 #include "tiles.h"
 
 #if HAS_TILES
-#include "gelu.h"
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "gelu.h"
 
 namespace {
 
@@ -55,7 +56,8 @@ private:
         int64_t now = 0, last_row = 0, last_out = -1;
         const auto finish = [&](int64_t begin, int64_t end) {
             const float* from = sums[1 - now];
-            const __m512 left = _mm512_loadu_ps(first.bias + last_out), right = _mm512_loadu_ps(first.bias + last_out + LANES);
+            const __m512 left = _mm512_loadu_ps(first.bias + last_out),
+                         right = _mm512_loadu_ps(first.bias + last_out + LANES);
             for (int64_t line = begin; line < end; ++line) {
                 const float* own = from + line * BLOCK_COLUMNS;
                 store_halves(hidden + (last_row + line) * width + last_out,
@@ -65,11 +67,11 @@ private:
         };
         for (int64_t out = 0; out < width; out += BLOCK_COLUMNS)
             for (int64_t row = 0; row < count; row += BLOCK_ROWS) {
-                multiply_block<2, 2>(rows(row), first.inputs, first.weight + out / SIDE * apart, apart, steps, false, sums[now],
-                                  [&](int64_t step) {
-                                      if (last_out >= 0)
-                                          finish(step * lines, std::min(step * lines + lines, BLOCK_ROWS));
-                                  });
+                const auto between = [&](int64_t step) {
+                    if (last_out >= 0) finish(step * lines, std::min(step * lines + lines, BLOCK_ROWS));
+                };
+                multiply_block<2>(rows(row), first.inputs, first.weight + out / SIDE * apart, apart, steps, false,
+                                  sums[now], between);
                 last_row = row, last_out = out, now = 1 - now;
             }
         finish(0, BLOCK_ROWS);
@@ -79,14 +81,16 @@ private:
         const int64_t steps = second.inputs / DEPTH, apart = second.inputs * SIDE, width = second.outputs;
         for (int64_t out = 0; out < width; out += BLOCK_COLUMNS)
             for (int64_t row = 0; row < count; row += BLOCK_ROWS) {
-                multiply_block<2, 2>(hidden + row * second.inputs, second.inputs, second.weight + out / SIDE * apart,
+                multiply_block<2>(hidden + row * second.inputs, second.inputs, second.weight + out / SIDE * apart,
                                   apart, steps, false, sums[0], [](int64_t) {});
-                const __m512 left = _mm512_loadu_ps(second.bias + out), right = _mm512_loadu_ps(second.bias + out + LANES);
+                const __m512 left = _mm512_loadu_ps(second.bias + out),
+                             right = _mm512_loadu_ps(second.bias + out + LANES);
                 for (int64_t line = 0; line < std::min(BLOCK_ROWS, count - row); ++line) {
                     uint16_t* to = total + (row + line) * width + out;
                     const float* own = sums[0] + line * BLOCK_COLUMNS;
-                    store_halves(to, _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(own), left), load_halves(to)),
-                                 _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(own + LANES), right), load_halves(to + LANES)));
+                    store_halves(
+                        to, _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(own), left), load_halves(to)),
+                        _mm512_add_ps(_mm512_add_ps(_mm512_load_ps(own + LANES), right), load_halves(to + LANES)));
                 }
             }
     }

@@ -35,8 +35,7 @@ public:
             __m512i rows[SIDE];
             for (int64_t n = 0; n < SIDE; ++n) {
                 const int64_t group = (row + n) * groups + own;
-                const uint8_t* bytes =
-                    static_cast<const uint8_t*>(m.weight) + ((row + n) * m.columns + i) * m.bits / 8;
+                const uint8_t* bytes = static_cast<const uint8_t*>(m.weight) + ((row + n) * m.columns + i) * m.bits / 8;
                 fetch_ahead(bytes);
                 if (m.bits == 8) {
                     const __m512 scale = _mm512_set1_ps(load(m.scales, group, m.scale_bits));
@@ -119,13 +118,13 @@ private:
             const auto nothing = [](int64_t) {};
             const uint16_t* from = (left < SIDE ? rest : x + first * m.columns) + input;
             if (left >= BLOCK_ROWS) {
-                multiply_block<2, 2>(from, m.columns, right, apart, steps, input > 0, to, nothing);
+                multiply_block<2>(from, m.columns, right, apart, steps, input > 0, to, nothing);
                 continue;
             }
-            multiply_block<1, 2>(from, m.columns, right, apart, steps, input > 0, to, nothing);
+            multiply_block<1>(from, m.columns, right, apart, steps, input > 0, to, nothing);
             if (left > SIDE)
-                multiply_block<1, 2>(rest + input, m.columns, right, apart, steps, input > 0, to + SIDE * BLOCK_COLUMNS,
-                                     nothing);
+                multiply_block<1>(rest + input, m.columns, right, apart, steps, input > 0, to + SIDE * BLOCK_COLUMNS,
+                                  nothing);
         }
     }
 
@@ -152,8 +151,8 @@ private:
     const uint16_t* x;
     uint16_t* y;
     const int64_t count, row_blocks;
-    float* sums;     // (blocks, matrices, row_blocks, BLOCK_ROWS, BLOCK_COLUMNS)
-    uint16_t* rest;  // the tokens that do not fill a tile
+    float* sums;      // (blocks, matrices, row_blocks, BLOCK_ROWS, BLOCK_COLUMNS)
+    uint16_t* rest;   // the tokens that do not fill a tile
     uint16_t* tiles;  // of a matrix of 8 or 4 bits
 };
 

@@ -20,8 +20,8 @@
 
 namespace {
 
-constexpr int64_t SIDE = 16;    // rows of a tile, and columns of the right factor and of sums
-constexpr int64_t DEPTH = 32;   // inputs in a tile
+constexpr int64_t SIDE = 16;   // rows of a tile, and columns of the right factor and of sums
+constexpr int64_t DEPTH = 32;  // inputs in a tile
 constexpr int64_t TILE_SIZE = SIDE * DEPTH;
 constexpr int64_t BLOCK_ROWS = 2 * SIDE, BLOCK_COLUMNS = 2 * SIDE;  // sums that fill four tiles
 constexpr int64_t BLOCK_SIZE = BLOCK_ROWS * BLOCK_COLUMNS;
@@ -72,19 +72,21 @@ private:
     };
 };
 
-// Sums (ROWS by COLUMNS tiles, lines of BLOCK_COLUMNS) of `left`, rows `stride` numbers apart, times `right`, whose
-// columns of tiles are `apart` numbers apart; added to `sums` if `is_more`, or written there. Between steps of DEPTH
-// inputs, between(step).
-template <int ROWS, int COLUMNS, typename Between>
+// Sums (ROWS by 2 tiles, lines of BLOCK_COLUMNS) of `left`, rows `stride` numbers apart, times `right`, whose columns
+// of tiles are `apart` numbers apart; added to `sums` if `is_more`, or written there. Between steps of DEPTH inputs,
+// between(step).
+template <int ROWS, typename Between>
 inline void multiply_block(const uint16_t* left, int64_t stride, const uint16_t* right, int64_t apart, int64_t steps,
                            bool is_more, float* sums, const Between& between) {
     const int64_t bytes = stride * sizeof *left, line = BLOCK_COLUMNS * sizeof *sums;
     settle();
     if (is_more) {
         _tile_loadd(0, sums, line);
-        if constexpr (COLUMNS == 2) _tile_loadd(1, sums + SIDE, line);
-        if constexpr (ROWS == 2) _tile_loadd(2, sums + SIDE * BLOCK_COLUMNS, line);
-        if constexpr (ROWS == 2 && COLUMNS == 2) _tile_loadd(3, sums + SIDE * BLOCK_COLUMNS + SIDE, line);
+        _tile_loadd(1, sums + SIDE, line);
+        if constexpr (ROWS == 2) {
+            _tile_loadd(2, sums + SIDE * BLOCK_COLUMNS, line);
+            _tile_loadd(3, sums + SIDE * BLOCK_COLUMNS + SIDE, line);
+        }
     } else {
         _tile_zero(0);
         _tile_zero(1);
@@ -99,17 +101,17 @@ inline void multiply_block(const uint16_t* left, int64_t stride, const uint16_t*
             _tile_loadd(5, left + SIDE * stride + step * DEPTH, bytes);
             _tile_dpbf16ps(2, 5, 6);
         }
-        if constexpr (COLUMNS == 2) {
-            _tile_loadd(7, right + apart + step * TILE_SIZE, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if constexpr (ROWS == 2 && COLUMNS == 2) _tile_dpbf16ps(3, 5, 7);
+        _tile_loadd(7, right + apart + step * TILE_SIZE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (ROWS == 2) _tile_dpbf16ps(3, 5, 7);
         between(step);
     }
     _tile_stored(0, sums, line);
-    if constexpr (COLUMNS == 2) _tile_stored(1, sums + SIDE, line);
-    if constexpr (ROWS == 2) _tile_stored(2, sums + SIDE * BLOCK_COLUMNS, line);
-    if constexpr (ROWS == 2 && COLUMNS == 2) _tile_stored(3, sums + SIDE * BLOCK_COLUMNS + SIDE, line);
+    _tile_stored(1, sums + SIDE, line);
+    if constexpr (ROWS == 2) {
+        _tile_stored(2, sums + SIDE * BLOCK_COLUMNS, line);
+        _tile_stored(3, sums + SIDE * BLOCK_COLUMNS + SIDE, line);
+    }
     settle();
 }
 
@@ -121,7 +123,9 @@ inline __m512i halves_of(__m512 first, __m512 second) {
     return halves;
 }
 
-inline void store_halves(uint16_t* to, __m512 first, __m512 second) { _mm512_storeu_si512(to, halves_of(first, second)); }
+inline void store_halves(uint16_t* to, __m512 first, __m512 second) {
+    _mm512_storeu_si512(to, halves_of(first, second));
+}
 
 inline __m512 load_halves(const uint16_t* from) {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
