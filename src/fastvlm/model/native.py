@@ -261,8 +261,8 @@ def _matrix_of(layer: nn.Module) -> _Matrix:
 
 
 def _exchange(layers: nn.Module, new: Callable[[nn.Module], nn.Module | None]) -> None:
-    for name, layer in list(layers.named_modules()):
-        if (other := new(layer)) is not None:
+    for name in [name for name, _ in layers.named_modules()]:  # names, so that what was exchanged is not kept
+        if (other := new(layers.get_submodule(name))) is not None:
             parent, _, own = name.rpartition(".")
             setattr(layers.get_submodule(parent), own, other)
 

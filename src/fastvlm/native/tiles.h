@@ -26,6 +26,9 @@ constexpr int64_t TILE_SIZE = SIDE * DEPTH;
 constexpr int64_t BLOCK_ROWS = 2 * SIDE, BLOCK_COLUMNS = 2 * SIDE;  // sums that fill four tiles
 constexpr int64_t BLOCK_SIZE = BLOCK_ROWS * BLOCK_COLUMNS;
 
+// Keeps the compiler from moving what is written and read past instructions on tiles, whose memory it does not see.
+inline void settle(const void* what = nullptr) { asm volatile("" ::"r"(what) : "memory"); }
+
 // The shapes of all eight tiles, as long as this lives; then what they were before comes back.
 class TileShapes {
 public:
@@ -36,9 +39,11 @@ public:
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
         } ours;
         _tile_storeconfig(before);
+        settle(&ours);
         _tile_loadconfig(&ours);
     }
     ~TileShapes() {
+        settle(before);
         if (before[0]) {
             _tile_loadconfig(before);
         } else {
@@ -51,9 +56,6 @@ public:
 private:
     alignas(64) uint8_t before[64];
 };
-
-// Keeps the compiler from moving what is written and read past instructions on tiles, whose memory it does not see.
-inline void settle() { asm volatile("" ::: "memory"); }
 
 // Room that a thread keeps from call to call for a class: the system must clear each page of what is fresh.
 template <typename Owner, typename Kind>
