@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvlm.model.compiled import openmp
-from fastvlm.model.gelu import fit
 from fastvlm.model.quantize import ZERO, QuantizedConv
+from fastvlm.model.wide_ffn import WideFFN
 
 _PANEL: Final = 32  # outputs that the kernel computes together, as in native/encoder.cpp
 
@@ -29,30 +28,12 @@ class _Layer(ctypes.Structure):
     ]
 
 
-class ByteFFN(nn.Module):
-    """The two wide layers of a ConvFFN and the skip around them."""
+class ByteFFN(WideFFN):
+    """The two wide layers of a ConvFFN and the skip around them; maps are float32."""
 
     def __init__(self, fc1: QuantizedConv, fc2: QuantizedConv, library: ctypes.CDLL) -> None:
         """Lay out the weights as the kernel reads them; see `QuantizedConv.is_centred`."""
-        super().__init__()
-        self.fc1, self.fc2 = _ByteLayer(fc1), _ByteLayer(fc2)
-        self._library, self._gelu, self._parallel = library, fit(), openmp()
-
-    def add_to(self, skip: Tensor, x: Tensor) -> Tensor:
-        """Add what becomes of `x` to `skip`, both `(P, C, h, w)` in float32, the channels last in memory; return it."""
-        given, total = x.permute(0, 2, 3, 1).contiguous(), skip.permute(0, 2, 3, 1).contiguous()
-        assert given.dtype == total.dtype == torch.float32
-        self._library.fastvlm_ffn(
-            self._parallel,
-            ctypes.c_int32(torch.get_num_threads()),
-            ctypes.byref(self.fc1.described()),
-            ctypes.byref(self.fc2.described()),
-            ctypes.byref(self._gelu),
-            ctypes.c_void_p(given.data_ptr()),
-            ctypes.c_void_p(total.data_ptr()),
-            ctypes.c_int64(given.shape[:3].numel()),
-        )
-        return total.permute(0, 3, 1, 2)
+        super().__init__(_ByteLayer(fc1), _ByteLayer(fc2), library, kernel="fastvlm_ffn", dtype=torch.float32)
 
 
 class _ByteLayer(nn.Module):

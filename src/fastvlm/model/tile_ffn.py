@@ -11,9 +11,8 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
-from fastvlm.model.compiled import openmp
-from fastvlm.model.gelu import fit
 from fastvlm.model.tiles import tiles_of
+from fastvlm.model.wide_ffn import WideFFN
 
 
 class _Layer(ctypes.Structure):
@@ -25,30 +24,12 @@ class _Layer(ctypes.Structure):
     ]
 
 
-class TileFFN(nn.Module):
-    """The two wide layers of a ConvFFN and the skip around them."""
+class TileFFN(WideFFN):
+    """The two wide layers of a ConvFFN and the skip around them; maps are bfloat16."""
 
     def __init__(self, fc1: nn.Module, fc2: nn.Module, library: ctypes.CDLL) -> None:
         """Lay out the weights as the kernel reads them; see `tiles.can_tile`."""
-        super().__init__()
-        self.fc1, self.fc2 = _TileLayer(fc1), _TileLayer(fc2)
-        self._library, self._gelu, self._parallel = library, fit(), openmp()
-
-    def add_to(self, skip: Tensor, x: Tensor) -> Tensor:
-        """Add what becomes of `x` to `skip`, both `(P, C, h, w)` in bfloat16, channels last in memory; return it."""
-        given, total = x.permute(0, 2, 3, 1).contiguous(), skip.permute(0, 2, 3, 1).contiguous()
-        assert given.dtype == total.dtype == torch.bfloat16
-        self._library.fastvlm_tile_ffn(
-            self._parallel,
-            ctypes.c_int32(torch.get_num_threads()),
-            ctypes.byref(self.fc1.described()),
-            ctypes.byref(self.fc2.described()),
-            ctypes.byref(self._gelu),
-            ctypes.c_void_p(given.data_ptr()),
-            ctypes.c_void_p(total.data_ptr()),
-            ctypes.c_int64(given.shape[:3].numel()),
-        )
-        return total.permute(0, 3, 1, 2)
+        super().__init__(_TileLayer(fc1), _TileLayer(fc2), library, kernel="fastvlm_tile_ffn", dtype=torch.bfloat16)
 
 
 class _TileLayer(nn.Module):
