@@ -40,8 +40,8 @@ class Placement:
 def place(device: str = "auto", dtype: str = "auto") -> Placement:
     """Resolve a device and a dtype as the command line names them.
 
-    `auto` takes CUDA, then MPS, then the CPU; and bfloat16 wherever the hardware multiplies it, float32 elsewhere
-    (the encoder overflows float16 at 1024 pixels).
+    `auto` takes CUDA, then MPS, then the CPU; and bfloat16 where the hardware multiplies it faster than float32, which
+    it takes elsewhere (the encoder overflows float16 at 1024 pixels).
 
     Raises:
         DeviceError: The device or the dtype is unknown, or not here.
@@ -82,15 +82,22 @@ def has_fast_bfloat16(device: torch.device, cpuinfo: Path = CPUINFO) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "mps":
         return True
-    return bool({"amx_bf16", "avx512_bf16", "bf16"} & cpu_flags(cpuinfo))  # the last is ARM's
+    flags = cpu_flags(cpuinfo)
+    if "avx512_bf16" in flags and "GenuineIntel" in _cpu_words(cpuinfo, "vendor_id"):
+        return "amx_bf16" in flags  # Intel's vectors have half the units for it that they have for float32
+    return bool({"amx_bf16", "avx512_bf16", "bf16"} & flags)  # the last is ARM's
 
 
 def cpu_flags(cpuinfo: Path = CPUINFO) -> set[str]:
     """What the processor can do, by Linux's names; empty where that cannot be read."""
+    return _cpu_words(cpuinfo, "flags", "Features")
+
+
+def _cpu_words(cpuinfo: Path, *names: str) -> set[str]:
     if not cpuinfo.is_file():
         return set()
     for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith(("flags", "Features")):
+        if line.startswith(names):
             return set(line.split(":", 1)[1].split())
     return set()
 

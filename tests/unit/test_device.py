@@ -21,7 +21,9 @@ from fastvlm.errors import DeviceError
 @pytest.mark.parametrize(
     ("line", "is_fast"),
     [
-        ("flags\t\t: fpu avx512_bf16", True),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512_bf16", True),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16", False),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16 amx_bf16", True),
         ("flags\t\t: fpu amx_bf16", True),
         ("flags\t\t: fpu avx2", False),
         ("Features\t: fp asimd bf16", True),

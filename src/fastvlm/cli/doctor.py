@@ -116,8 +116,8 @@ def _has_compiler() -> bool:
 
 def _dtype(placement: Placement) -> Check:
     if has_fast_bfloat16(placement.device):
-        return Check("dtype", "ok", f"auto is {placement.dtype_name}: the hardware multiplies it")
-    return Check("dtype", "ok", f"auto is {placement.dtype_name}: the hardware does not multiply bfloat16")
+        return Check("dtype", "ok", f"auto is {placement.dtype_name}: the hardware multiplies it faster than float32")
+    return Check("dtype", "ok", f"auto is {placement.dtype_name}: the hardware multiplies bfloat16 no faster")
 
 
 def _processor() -> str:

@@ -147,18 +147,16 @@ public:
             return;
         }
 #if HAS_BYTE_PRODUCTS
-        if (m.bits < 16 && m.group % BLOCK == 0) {
+        if (m.bits < 16 && (has_whole_rows(m) || has_even_groups(m))) {
             numbers.resize(inputs.size());
-            const bool is_whole = m.bits == 8 && m.group == m.columns;
+            const bool is_whole = has_whole_rows(m);
             for (size_t token = 0; token < inputs.size(); ++token)
                 numbers[token].read(inputs[token], m.columns, m.bits, is_whole ? ROW_BLOCK : BLOCK);
-            factors.assign(numbers[0].scales.size() + LANES, 0);  // what is read past the last block counts nothing
             for (int64_t row = begin; row < end; ++row)
                 for (size_t token = 0; token < inputs.size(); ++token) {
-                    const float* own = sums.data() + token * num_groups;
-                    const float product = is_whole      ? dot_row(m, row, numbers[token], own)
-                                          : m.bits == 8 ? dot_numbers<8>(m, row, numbers[token], own, factors.data())
-                                                        : dot_numbers<4>(m, row, numbers[token], own, factors.data());
+                    const float product = is_whole      ? dot_row(m, row, numbers[token], sums[token])
+                                          : m.bits == 8 ? dot_numbers<8>(m, row, numbers[token])
+                                                        : dot_numbers<4>(m, row, numbers[token]);
                     take(token, row, product + (m.bias ? m.bias[row] : 0));
                 }
             return;
@@ -192,7 +190,6 @@ private:
     float block[ROWS][TOKENS];
 #if HAS_BYTE_PRODUCTS
     std::vector<Numbers> numbers;
-    std::vector<float> factors;
 #endif
 };
 

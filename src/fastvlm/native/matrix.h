@@ -259,26 +259,34 @@ float dot_groups(const Matrix& m, int64_t row, const Vector& x, const float* sum
 constexpr int64_t BLOCK = 32;       // inputs that share a scale, where the weights' scales change as often
 constexpr int64_t ROW_BLOCK = 512;  // where a row of weights has one: sums of so many products fit 32 bits
 
+// Whether a row of weights has one scale and `dot_row` takes it.
+inline bool has_whole_rows(const Matrix& m) { return m.bits == 8 && m.group == m.columns; }
+
+// Whether `dot_numbers` takes the groups of a matrix: LANES blocks are a whole number of them.
+inline bool has_even_groups(const Matrix& m) { return m.group % BLOCK == 0 && LANES * BLOCK % m.group == 0; }
+
 // A vector as whole numbers of 16 bits, x = scale * (256 high + low), halves of a byte each: rounded 256 times finer
 // than 8 bits would. For 4-bit weights the even members come first, then the odd ones, as pairs are packed.
 class Numbers {
 public:
     void read(const Vector& x, int64_t size, int bits, int64_t block_size) {
         const int64_t num_blocks = (size + block_size - 1) / block_size;
-        stride = bits == 8 ? round_up(size) : round_up(size / 2);
-        const int64_t parts = bits == 8 ? 1 : 2;
-        high.assign(parts * stride, 0);
-        low.assign(parts * stride, 0);
-        scales.assign(round_up(num_blocks), 0);
+        stride = round_up(bits == 8 ? size : size / 2);
+        for (auto* bytes : {&high, &low}) bytes->assign((bits == 8 ? 1 : 2) * stride, 0);
+        for (auto* floats : {&scales, &sums}) floats->assign(round_up(num_blocks), 0);
         for (int64_t block = 0; block < num_blocks; ++block) {
             const int64_t begin = block * block_size, end = std::min(begin + block_size, size);
-            float largest = 0, broken = 0;  // NaN if one of them is infinite or none: so the sums will be
-            for (int64_t i = begin; i < end; ++i) {
-                largest = std::fmax(largest, std::fabs(x.plain[i]));
-                broken += x.plain[i] * 0;
+            __m512 largest = _mm512_setzero_ps(), sum = largest, broken = largest;
+            for (int64_t i = begin; i < end; i += LANES) {
+                const __m512 some = _mm512_maskz_loadu_ps(first_lanes(end - i), x.plain.data() + i);
+                largest = _mm512_max_ps(largest, _mm512_abs_ps(some));
+                sum = _mm512_add_ps(sum, some);
+                broken = _mm512_fmadd_ps(some, _mm512_setzero_ps(), broken);  // NaN if one is infinite or none
             }
-            scales[block] = largest / 32512 + broken;  // 127 * 256: the upper half cannot overflow
-            const float inverse = largest > 0 ? 32512 / largest : 0;
+            const float most = _mm512_reduce_max_ps(largest);
+            sums[block] = _mm512_reduce_add_ps(sum);
+            scales[block] = most / 32512 + _mm512_reduce_add_ps(broken);  // 127 * 256: the upper half cannot overflow
+            const float inverse = most > 0 ? 32512 / most : 0;
             if (bits == 8) {
                 cut(x.plain.data(), begin, end, inverse, 0);
             } else {
@@ -289,24 +297,34 @@ public:
     }
 
     std::vector<int8_t> high, low;
-    std::vector<float> scales;
-    int64_t stride = 0;  // where the odd members begin
+    std::vector<float> scales, sums;  // of each block; zeros behind the last
+    int64_t stride = 0;               // where the odd members begin
 
 private:
     static int64_t round_up(int64_t size) { return (size + 63) / 64 * 64; }
 
     void cut(const float* x, int64_t begin, int64_t end, float inverse, int64_t to) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int32_t number = static_cast<int32_t>(std::nearbyint(x[i] * inverse));
-            const int8_t lower = static_cast<int8_t>(number);
-            low[to + i] = lower;
-            high[to + i] = static_cast<int8_t>((number - lower) >> 8);
+        for (int64_t i = begin; i < end; i += LANES) {
+            const __mmask16 mask = first_lanes(end - i);
+            const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(inverse));
+            const __m512i number = _mm512_cvtps_epi32(scaled);
+            const __m512i lower = _mm512_srai_epi32(_mm512_slli_epi32(number, 24), 24);
+            const __m512i upper = _mm512_srai_epi32(_mm512_sub_epi32(number, lower), 8);
+            _mm512_mask_cvtepi32_storeu_epi8(low.data() + to + i, mask, lower);
+            _mm512_mask_cvtepi32_storeu_epi8(high.data() + to + i, mask, upper);
         }
     }
 };
 
 inline __m512i load_bytes(const uint8_t* from, int64_t left) {
-    return _mm512_maskz_loadu_epi8(left < 64 ? (1ull << left) - 1 : ~0ull, from);
+    return left < 64 ? _mm512_maskz_loadu_epi8((1ull << left) - 1, from) : _mm512_loadu_si512(from);
+}
+
+// LANES numbers of an array in one of the formats of `load`, those of the mask.
+inline __m512 load_floats(const void* base, int64_t index, int bits, __mmask16 mask) {
+    if (bits == 32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(base) + index);
+    const __m256i halves = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(base) + index);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
 inline __m512 join(__m512i high, __m512i low) {
@@ -314,7 +332,7 @@ inline __m512 join(__m512i high, __m512i low) {
 }
 
 // `dot_groups` with products of bytes, of 8-bit weights with one scale a row.
-float dot_row(const Matrix& m, int64_t row, const Numbers& x, const float* sums) {
+inline float dot_row(const Matrix& m, int64_t row, const Numbers& x, float sum) {
     const uint8_t* weight = static_cast<const uint8_t*>(m.weight) + row * m.columns;
     __m512 total = _mm512_setzero_ps();
     for (int64_t block = 0, i = 0; i < m.columns; ++block) {
@@ -329,53 +347,57 @@ float dot_row(const Matrix& m, int64_t row, const Numbers& x, const float* sums)
         total = _mm512_fmadd_ps(join(high, low), _mm512_set1_ps(x.scales[block]), total);
     }
     return load(m.scales, row, m.scale_bits) * _mm512_reduce_add_ps(total) +
-           load(m.biases, row, m.scale_bits) * sums[0];
+           load(m.biases, row, m.scale_bits) * sum;
 }
 
-// The same of weights with a scale for each group; `factors` is room for a float a block, a multiple of 64 of them.
+// Products of 64 bytes of weights, and a vector's numbers from `at` on: a lane sums four neighbouring bytes, or pairs.
 template <int BITS>
-float dot_numbers(const Matrix& m, int64_t row, const Numbers& x, const float* sums, float* factors) {
-    constexpr int64_t STEP = BITS == 8 ? 64 : 128;  // inputs in 64 bytes of weights
-    const int64_t num_groups = m.columns / m.group, blocks_of_group = m.group / BLOCK;
-    const uint8_t* weight = static_cast<const uint8_t*>(m.weight) + row * m.columns * BITS / 8;
-    float rest = 0;
-    if (blocks_of_group == 1) {  // said apart, as the compiler then takes many at once
-        for (int64_t group = 0; group < num_groups; ++group)
-            factors[group] = load(m.scales, row * num_groups + group, m.scale_bits) * x.scales[group];
-    } else {
-        for (int64_t group = 0; group < num_groups; ++group) {
-            const float scale = load(m.scales, row * num_groups + group, m.scale_bits);
-            for (int64_t i = 0; i < blocks_of_group; ++i)
-                factors[group * blocks_of_group + i] = scale * x.scales[group * blocks_of_group + i];
-        }
-    }
-    for (int64_t group = 0; group < num_groups; ++group)
-        rest += load(m.biases, row * num_groups + group, m.scale_bits) * sums[group];
-    // A lane sums four neighbouring bytes: eight lanes are a block of 8-bit weights, four one of 4-bit pairs.
-    const __m512i spread = BITS == 8 ? _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0)
-                                     : _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+inline __m512 multiply_bytes(__m512i bytes, const Numbers& x, int64_t at) {
+    const int8_t *high = x.high.data() + at, *low = x.low.data() + at;
     const __m512i zero = _mm512_setzero_si512(), nibble = _mm512_set1_epi8(15);
-    __m512 total = _mm512_setzero_ps();
-    for (int64_t i = 0; i < m.columns; i += STEP) {
-        const int64_t at = i * BITS / 8;
-        const __m512i bytes = load_bytes(weight + at, m.columns * BITS / 8 - at);
-        fetch_ahead(weight + at);
-        __m512i high, low;
-        if (BITS == 8) {
-            high = _mm512_dpbusd_epi32(zero, bytes, _mm512_loadu_si512(x.high.data() + at));
-            low = _mm512_dpbusd_epi32(zero, bytes, _mm512_loadu_si512(x.low.data() + at));
-        } else {
-            const __m512i even = _mm512_and_si512(bytes, nibble);
-            const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
-            high = _mm512_dpbusd_epi32(zero, even, _mm512_loadu_si512(x.high.data() + at));
-            high = _mm512_dpbusd_epi32(high, odd, _mm512_loadu_si512(x.high.data() + x.stride + at));
-            low = _mm512_dpbusd_epi32(zero, even, _mm512_loadu_si512(x.low.data() + at));
-            low = _mm512_dpbusd_epi32(low, odd, _mm512_loadu_si512(x.low.data() + x.stride + at));
-        }
-        const __m512 factor = _mm512_permutexvar_ps(spread, _mm512_loadu_ps(factors + i / BLOCK));
-        total = _mm512_fmadd_ps(join(high, low), factor, total);
+    if constexpr (BITS == 8) {
+        return join(_mm512_dpbusd_epi32(zero, bytes, _mm512_loadu_si512(high)),
+                    _mm512_dpbusd_epi32(zero, bytes, _mm512_loadu_si512(low)));
+    } else {
+        const __m512i even = _mm512_and_si512(bytes, nibble);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+        const __m512i upper = _mm512_dpbusd_epi32(zero, even, _mm512_loadu_si512(high));
+        const __m512i lower = _mm512_dpbusd_epi32(zero, even, _mm512_loadu_si512(low));
+        return join(_mm512_dpbusd_epi32(upper, odd, _mm512_loadu_si512(high + x.stride)),
+                    _mm512_dpbusd_epi32(lower, odd, _mm512_loadu_si512(low + x.stride)));
     }
-    return _mm512_reduce_add_ps(total) + rest;
+}
+
+// The same of weights with a scale for each group; see `has_even_groups`.
+template <int BITS>
+inline float dot_numbers(const Matrix& m, int64_t row, const Numbers& x) {
+    constexpr int64_t STEP = 512 / BITS, BLOCKS = STEP / BLOCK, STEPS = LANES / BLOCKS;  // inputs in 64 bytes; of LANES blocks
+    const int64_t num_groups = m.columns / m.group, per_group = m.group / BLOCK, num_bytes = m.columns * BITS / 8;
+    const uint8_t* weight = static_cast<const uint8_t*>(m.weight) + row * num_bytes;
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i group_of_block = _mm512_srli_epi32(lanes, static_cast<unsigned>(__builtin_ctzll(per_group)));
+    const __m512i block_of_lane = _mm512_srli_epi32(lanes, BITS == 8 ? 3 : 2);
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t block = 0; block * BLOCK < m.columns; block += LANES) {
+        const int64_t group = block / per_group;
+        const __mmask16 mask = first_lanes(num_groups - group);
+        const auto of_blocks = [&](const void* base) {
+            return _mm512_permutexvar_ps(group_of_block,
+                                         load_floats(base, row * num_groups + group, m.scale_bits, mask));
+        };
+        total = _mm512_fmadd_ps(of_blocks(m.biases), _mm512_loadu_ps(x.sums.data() + block), total);
+        const __m512 factors = _mm512_mul_ps(of_blocks(m.scales), _mm512_loadu_ps(x.scales.data() + block));
+#pragma GCC unroll 8
+        for (int64_t step = 0; step < STEPS; ++step) {
+            const int64_t at = (block + step * BLOCKS) * BLOCK * BITS / 8;
+            if (at >= num_bytes) break;
+            const __m512i bytes = load_bytes(weight + at, num_bytes - at);
+            fetch_ahead(weight + at);
+            const __m512i which = _mm512_add_epi32(block_of_lane, _mm512_set1_epi32(static_cast<int>(step * BLOCKS)));
+            total = _mm512_fmadd_ps(multiply_bytes<BITS>(bytes, x, at), _mm512_permutexvar_ps(which, factors), total);
+        }
+    }
+    return _mm512_reduce_add_ps(total);
 }
 #endif
 

@@ -159,7 +159,7 @@ class LoadOptions:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Format of the weights; auto is bfloat16 where the hardware multiplies it, else float32."""
+    """Format of the weights; auto is bfloat16 where the hardware multiplies it faster."""
     compile: bool = False
     """Write answers with kernels in C++ for this processor, or in Triton for an NVIDIA GPU; the first time they are
     built, in seconds, and kept."""
