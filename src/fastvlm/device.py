@@ -83,9 +83,14 @@ def has_fast_bfloat16(device: torch.device, cpuinfo: Path = CPUINFO) -> bool:
     if device.type == "mps":
         return True
     flags = cpu_flags(cpuinfo)
-    if "avx512_bf16" in flags and "GenuineIntel" in _cpu_words(cpuinfo, "vendor_id"):
-        return "amx_bf16" in flags  # Intel's vectors have half the units for it that they have for float32
-    return bool({"amx_bf16", "avx512_bf16", "bf16"} & flags)  # the last is ARM's
+    if is_intel(cpuinfo):
+        return "amx_bf16" in flags  # its vectors multiply it at half the rate of float32
+    return bool({"avx512_bf16", "bf16"} & flags)  # the last is ARM's
+
+
+def is_intel(cpuinfo: Path = CPUINFO) -> bool:
+    """Whether Intel made the processor."""
+    return "GenuineIntel" in _cpu_words(cpuinfo, "vendor_id")
 
 
 def cpu_flags(cpuinfo: Path = CPUINFO) -> set[str]:

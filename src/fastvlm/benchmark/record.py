@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from fastvlm.device import describe
+from fastvlm.device import cpu_flags, describe
 from fastvlm.errors import InputError
 
 _PACKAGES: Final = ("fastvlm", "torch", "numpy", "pillow", "tokenizers", "safetensors")
@@ -95,12 +95,12 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """Name the processor as its maker does, where Linux tells it."""
+    """Name the processor as its maker does, where Linux tells it, and whether it has AMX: a name does not say."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+                return line.partition(":")[2].strip() + (", AMX" if "amx_bf16" in cpu_flags(info) else "")
     return platform.processor() or platform.machine()
 
 

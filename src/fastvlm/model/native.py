@@ -188,9 +188,8 @@ class TiledLinear(nn.Module):
 class _ManyLinear(nn.Module):
     """A layer for many tokens.
 
-    In bfloat16 it goes through AMX's tiles where the processor has them. In float32 the numbers of a quantised one are
-    multiplied as bytes where the processor does that. Elsewhere floats are made of a tile of its rows at a time, and
-    multiplied with.
+    In bfloat16 it goes through AMX's tiles where the processor has them. Elsewhere it is a quantised one, whose numbers
+    are multiplied as bytes where the processor does that; or floats are made of a tile of its rows at a time.
     """
 
     def __init__(self, layer: QuantizedLinear | TiledLinear, kernels: "_Kernels") -> None:
@@ -199,10 +198,10 @@ class _ManyLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., K)` to `(..., N)`."""
-        if x.dtype == torch.float32 and self._kernels.multiplies_bytes:
-            return self._kernels.multiply_many(self.matrix, x)
         if self._kernels.can_tile(self.matrix):
             return self._kernels.multiply_tiles(self.matrix, x)
+        if self._kernels.multiplies_bytes:
+            return self._kernels.multiply_many(self.matrix, x.float()).to(x.dtype)
         num_rows, num_columns = self.matrix.rows, self.matrix.columns
         product = x.new_empty(*x.shape[:-1], num_rows)
         step = max(1, _TILE_BYTES // (num_columns * x.element_size()))

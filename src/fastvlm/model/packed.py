@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvlm.device import cpu_flags
+from fastvlm.device import cpu_flags, is_intel
 from fastvlm.model.fused import FusedLinear
 from fastvlm.model.language import Attention, Layer, Qwen2, join, linear_of, rotate
 
 _ROWS: Final = 64  # the layout hardly depends on how many tokens come
 _FEWEST: Final = 4
-"""Fewer rows of activations are filled up: oneDNN reads memory faster for four than for fewer (docs/log.md)."""
-_FEWEST_IN_TILES: Final = 16
-"""The same where it multiplies in AMX's tiles, which hold so many."""
+"""Fewer rows of activations are filled up: oneDNN reads memory faster for four than for fewer, except on Intel's
+processors that multiply bfloat16 (docs/log.md)."""
 
 
 def forget_nothing(_: Tensor) -> None:
@@ -33,7 +32,7 @@ def forget_nothing(_: Tensor) -> None:
 @cache
 def fewest_rows() -> int:
     """How many rows of activations this processor is given at least."""
-    return _FEWEST_IN_TILES if "amx_bf16" in cpu_flags() else _FEWEST
+    return 1 if is_intel() and "avx512_bf16" in cpu_flags() else _FEWEST
 
 
 def can_pack(language: Qwen2) -> bool:

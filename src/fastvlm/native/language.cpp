@@ -11,6 +11,10 @@
 #include <thread>
 
 #include "matrix.h"
+#if defined(__AVX512DQ__)
+#include "exponential.h"
+#include "lanes.h"
+#endif
 
 namespace {
 
@@ -107,17 +111,47 @@ private:
     std::atomic<int> num_running{0}, num_here{0}, phase{0};
 };
 
-constexpr int64_t PANEL = 64;  // rows of bfloat16
-
 // What one thread does of a call.
 class Worker {
 public:
     Worker(Pool& pool, int index) : pool(pool), index(index) {}
 
-    // For each row of the matrix that is this thread's and each token: take(token, row, sum).
+    // For some rows of the matrix at a time, those that are this thread's, and each token:
+    // take(token, first row, products, number of rows), at most STRIP of them from an even one on.
     template <typename Take>
     void multiply(const Matrix& m, const std::vector<Vector>& inputs, const Take& take) {
-        const int64_t num_groups = m.bits < 16 ? m.columns / m.group : 0;
+        prepare(m, inputs);
+        const int64_t num_tokens = inputs.size(), num_parts = (m.rows + STRIP - 1) / STRIP;
+        for (int64_t part = num_parts * index / pool.size; part < num_parts * (index + 1) / pool.size; ++part) {
+            const int64_t first = part * STRIP, num_rows = std::min(STRIP, m.rows - first);
+            for (int64_t token = 0; token < num_tokens; token += TOKENS) {
+                const int64_t count = std::min<int64_t>(TOKENS, num_tokens - token);
+                dot_rows(m, first, num_rows, inputs, token, count);
+                for (int64_t t = 0; t < count; ++t) {
+                    if (m.bias)
+                        for (int64_t n = 0; n < num_rows; ++n) products[t][n] += m.bias[first + n];
+                    take(token + t, first, products[t], num_rows);
+                }
+            }
+        }
+    }
+
+    Pool& pool;
+    const int index;
+    std::vector<float> scores;
+
+private:
+    void prepare(const Matrix& m, const std::vector<Vector>& inputs) {
+        if (m.bits >= 16) return;
+#if HAS_BYTE_PRODUCTS
+        if (has_whole_rows(m) || has_even_groups(m)) {
+            numbers.resize(inputs.size());
+            for (size_t token = 0; token < inputs.size(); ++token)
+                numbers[token].read(inputs[token], m.columns, m.bits, has_whole_rows(m) ? ROW_BLOCK : BLOCK);
+            return;
+        }
+#endif
+        num_groups = m.columns / m.group;
         sums.resize(inputs.size() * num_groups);
         for (size_t token = 0; token < inputs.size(); ++token)
             for (int64_t group = 0; group < num_groups; ++group) {
@@ -125,142 +159,204 @@ public:
                 for (int64_t i = group * m.group; i < (group + 1) * m.group; ++i) total += inputs[token].plain[i];
                 sums[token * num_groups + group] = total;
             }
-        if (m.is_tiled) return multiply_tiled(m, inputs, take);
-        const int64_t begin = m.rows * index / pool.size, end = m.rows * (index + 1) / pool.size;
+    }
+
+    // Products of some rows and some tokens; of bfloat16 in blocks of a few rows, whose sums stay in registers.
+    void dot_rows(const Matrix& m, int64_t first, int64_t num_rows, const std::vector<Vector>& inputs, int64_t token,
+                  int64_t count) {
         if (m.bits == 16) {
-            // Some rows at a time, which stay in the cache for all tokens, in blocks of a few rows and a few tokens.
-            const uint16_t* weight = static_cast<const uint16_t*>(m.weight);
-            const int64_t num_tokens = inputs.size();
-            for (int64_t first = begin, last; first < end; first = last) {
-                last = std::min(first + PANEL, end);
-                for (int64_t token = 0; token < num_tokens; token += TOKENS)
-                    for (int64_t row = first, next; row < last; row = next) {
-                        next = row + ROWS <= last ? row + ROWS : row + 1;
-                        const int64_t count = std::min<int64_t>(num_tokens - token, TOKENS);
-                        (next - row == ROWS ? dot_bfloat16<ROWS> : dot_bfloat16<1>)(
-                            weight + row * m.columns, m.columns, inputs.data() + token, count, block);
-                        for (int64_t n = row; n < next; ++n)
-                            for (int64_t t = 0; t < count; ++t)
-                                take(token + t, n, block[n - row][t] + (m.bias ? m.bias[n] : 0));
-                    }
+            const uint16_t* weight = static_cast<const uint16_t*>(m.weight) + first * m.columns;
+            const Vector* x = inputs.data() + token;
+            if (m.is_tiled) return dot_tiles(weight, m.columns, x, count, products);
+            for (int64_t row = 0, next; row < num_rows; row = next) {
+                next = row + ROWS <= num_rows ? row + ROWS : row + 1;
+                float(*out)[STRIP] = reinterpret_cast<float(*)[STRIP]>(products[0] + row);
+                (next - row == ROWS ? dot_bfloat16<ROWS> : dot_bfloat16<1>)(weight + row * m.columns, m.columns, x,
+                                                                            count, out);
             }
             return;
         }
 #if HAS_BYTE_PRODUCTS
         if (m.bits < 16 && (has_whole_rows(m) || has_even_groups(m))) {
-            numbers.resize(inputs.size());
-            const bool is_whole = has_whole_rows(m);
-            for (size_t token = 0; token < inputs.size(); ++token)
-                numbers[token].read(inputs[token], m.columns, m.bits, is_whole ? ROW_BLOCK : BLOCK);
-            for (int64_t row = begin; row < end; ++row)
-                for (size_t token = 0; token < inputs.size(); ++token) {
-                    const float product = is_whole      ? dot_row(m, row, numbers[token], sums[token])
-                                          : m.bits == 8 ? dot_numbers<8>(m, row, numbers[token])
-                                                        : dot_numbers<4>(m, row, numbers[token]);
-                    take(token, row, product + (m.bias ? m.bias[row] : 0));
-                }
-            return;
+            const auto fill = [&](const auto& dot) {
+                for (int64_t n = 0; n < num_rows; ++n)
+                    for (int64_t t = 0; t < count; ++t) products[t][n] = dot(m, first + n, numbers[token + t]);
+            };
+            if (has_whole_rows(m)) return fill([](const auto&... of) { return dot_row(of...); });
+            if (m.bits == 8) return fill([](const auto&... of) { return dot_numbers<8>(of...); });
+            return fill([](const auto&... of) { return dot_numbers<4>(of...); });
         }
 #endif
-        for (int64_t row = begin; row < end; ++row)
-            for (size_t token = 0; token < inputs.size(); ++token)
-                take(token, row, dot(m, row, inputs[token], sums.data() + token * num_groups));
+        for (int64_t n = 0; n < num_rows; ++n)
+            for (int64_t t = 0; t < count; ++t)
+                products[t][n] = dot(m, first + n, inputs[token + t], sums.data() + (token + t) * num_groups);
     }
 
-    Pool& pool;
-    const int index;
-    std::vector<float> sums, scores;
-
-private:
-    template <typename Take>
-    void multiply_tiled(const Matrix& m, const std::vector<Vector>& inputs, const Take& take) {
-        const int64_t tiles = m.rows / SIDE_OF_TILES, num_tokens = inputs.size();
-        float products[TOKENS][SIDE_OF_TILES];
-        for (int64_t tile = tiles * index / pool.size; tile < tiles * (index + 1) / pool.size; ++tile)
-            for (int64_t token = 0; token < num_tokens; token += TOKENS) {
-                const int64_t first = tile * SIDE_OF_TILES, count = std::min<int64_t>(num_tokens - token, TOKENS);
-                dot_tiles(static_cast<const uint16_t*>(m.weight) + first * m.columns, m.columns, inputs.data() + token,
-                          count, products);
-                for (int64_t t = 0; t < count; ++t)
-                    for (int64_t n = 0; n < SIDE_OF_TILES; ++n)
-                        take(token + t, first + n, products[t][n] + (m.bias ? m.bias[first + n] : 0));
-            }
-    }
-
-    float block[ROWS][TOKENS];
+    float products[TOKENS][STRIP];
+    std::vector<float> sums;  // of each group of inputs, for weights that have a bias for it
+    int64_t num_groups = 0;
 #if HAS_BYTE_PRODUCTS
     std::vector<Numbers> numbers;
 #endif
 };
 
 void normalise(const float* x, const float* weight, int64_t dim, float epsilon, Vector& out) {
-    double squares = 0;
-    for (int64_t i = 0; i < dim; ++i) squares += static_cast<double>(x[i]) * x[i];
-    const float factor = 1 / std::sqrt(static_cast<float>(squares / dim) + epsilon);
-    for (int64_t i = 0; i < dim; ++i) out.put(i, x[i] * factor * weight[i]);
+    const float factor = 1 / std::sqrt(dot_float(x, x, dim) / static_cast<float>(dim) + epsilon);
+    for (int64_t i = 0; i < dim; ++i) out.plain[i] = x[i] * factor * weight[i];
+    out.split(0, dim);
 }
 
-// Turn the pairs (x[i], x[i + E / 2]) by the angle of a position (arXiv 2104.09864).
-void rotate(float* x, const float* frequencies, int64_t head_dim, int64_t position) {
-    for (int64_t i = 0; i < head_dim / 2; ++i) {
-        const float angle = static_cast<float>(position) * frequencies[i];
-        const float cosine = std::cos(angle), sine = std::sin(angle);
-        const float left = x[i], right = x[i + head_dim / 2];
-        x[i] = left * cosine - right * sine;
-        x[i + head_dim / 2] = right * cosine + left * sine;
+// gate = SiLU(gate) * up (arXiv 2002.05202).
+void apply_gate(float* gate, const float* up, int64_t count) {
+#if defined(__AVX512DQ__)
+    for (int64_t i = 0; i < count; i += LANES) {
+        const __mmask16 mask = first_lanes(count - i);
+        const __m512 opened = silu(_mm512_maskz_loadu_ps(mask, gate + i));
+        _mm512_mask_storeu_ps(gate + i, mask, _mm512_mul_ps(opened, _mm512_maskz_loadu_ps(mask, up + i)));
     }
+#else
+    for (int64_t i = 0; i < count; ++i) gate[i] *= up[i] / (1 + std::exp(-gate[i]));
+#endif
+}
+
+// x = exp(x - highest); their sum.
+float exponentiate(float* x, int64_t count, float highest) {
+    float total = 0;
+#if defined(__AVX512DQ__)
+    __m512 totals = _mm512_setzero_ps();
+    for (int64_t i = 0; i < count; i += LANES) {
+        const __mmask16 mask = first_lanes(count - i);
+        const __m512 below = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(highest));
+        const __m512 power = power_of_two(_mm512_mul_ps(below, _mm512_set1_ps(1.44269504f)));
+        _mm512_mask_storeu_ps(x + i, mask, power);
+        totals = _mm512_mask_add_ps(totals, mask, totals, power);
+    }
+    total = _mm512_reduce_add_ps(totals);
+#else
+    for (int64_t i = 0; i < count; ++i) total += x[i] = std::exp(x[i] - highest);
+#endif
+    return total;
 }
 
 struct State {  // of one call, shared by the threads
-    State(const Model& m, int64_t num_tokens)
+    State(const Model& m, const int64_t* positions, int64_t num_tokens)
         : queries(num_tokens * m.num_heads * m.head_dim),
           keys(num_tokens * m.num_kv_heads * m.head_dim),
           values(keys.size()),
+          cosines(num_tokens * m.head_dim / 2),
+          sines(cosines.size()),
           mixed(num_tokens, Vector(m.num_heads * m.head_dim)),
-          inner(num_tokens, Vector(m.mlp_dim)) {}
+          inner(num_tokens, Vector(m.mlp_dim)) {
+        const int64_t half = m.head_dim / 2;
+        for (int64_t i = 0; i < num_tokens * half; ++i) {
+            const float angle = static_cast<float>(positions[i / half]) * m.frequencies[i % half];
+            cosines[i] = std::cos(angle);
+            sines[i] = std::sin(angle);
+        }
+    }
 
-    std::vector<float> queries, keys, values;
+    std::vector<float> queries, keys, values, cosines, sines;
     std::vector<Vector> mixed, inner;
 };
 
-// One query head of one token: softmax(q . k / sqrt(E)) . v over the positions up to its own (arXiv 1706.03762).
-void attend(const Model& m, const Cache& cache, int64_t block, const float* query, int64_t last, Vector& out,
-            int64_t offset, std::vector<float>& scores) {
-    const int64_t size = m.head_dim;
-    scores.resize(last + 1);
-    float highest = -INFINITY, total = 0;
-    std::vector<float> sums(size, 0.0f);
-    for (int64_t position = 0; position <= last; ++position) {
-        const int64_t at = (block * cache.capacity + position) * size;
-        float score = 0;
-        if (m.cache_bits == 32) {
-            score = dot_float(static_cast<const float*>(cache.keys) + at, query, size);
-        } else {
-            const uint16_t* key = static_cast<const uint16_t*>(cache.keys) + at;
-            float lanes[LANES] = {};
-            int64_t i = 0;
-            for (; i + LANES <= size; i += LANES)
-                for (int lane = 0; lane < LANES; ++lane)
-                    lanes[lane] += from_bits(static_cast<uint32_t>(key[i + lane]) << 16) * query[i + lane];
-            score = sum(lanes);
-            for (; i < size; ++i) score += load(key, i, 16) * query[i];
-        }
-        scores[position] = score / std::sqrt(static_cast<float>(size));
-        highest = std::fmax(highest, scores[position]);
+// Turn the pairs (x[i], x[i + E / 2]) by the angles of a token's position (arXiv 2104.09864).
+void rotate(float* x, const State& state, int64_t head_dim, int64_t token) {
+    const int64_t half = head_dim / 2;
+    const float *cosines = state.cosines.data() + token * half, *sines = state.sines.data() + token * half;
+    for (int64_t i = 0; i < half; ++i) {
+        const float left = x[i], right = x[i + half];
+        x[i] = left * cosines[i] - right * sines[i];
+        x[i + half] = right * cosines[i] + left * sines[i];
     }
-    for (int64_t position = 0; position <= last; ++position) {
-        const float weight = std::exp(scores[position] - highest);
-        const int64_t at = (block * cache.capacity + position) * size;
-        total += weight;
-        if (m.cache_bits == 32) {
-            const float* value = static_cast<const float*>(cache.values) + at;
-            for (int64_t i = 0; i < size; ++i) sums[i] += weight * value[i];
+}
+
+// How a head lies in vectors: `N` of them, known to the compiler, or as many as it takes (0). Of bfloat16 in N vectors
+// the even members of 32 come first, then the odd ones, as pairs are taken apart.
+template <int N, int BITS>
+struct Head {
+    static constexpr int ROOM = N ? N : 64;
+
+    explicit Head(int64_t size) : size(size), num_vectors(N ? N : (size + LANES - 1) / LANES) {}
+
+    // A key or value that begins at `at`.
+    void read(const void* base, int64_t at, Floats* out) const {
+        if constexpr (N && BITS == 16) {
+            const uint16_t* from = static_cast<const uint16_t*>(base) + at;
+#pragma GCC unroll 8
+            for (int n = 0; n < N; n += 2) {
+                const Pairs pairs = *reinterpret_cast<const Pairs*>(from + n * LANES);
+                out[n] = reinterpret_cast<Floats>(pairs << 16);
+                out[n + 1] = reinterpret_cast<Floats>(pairs & 0xffff0000u);
+            }
+        } else if constexpr (N) {
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n)
+                out[n] = *reinterpret_cast<const Floats*>(static_cast<const float*>(base) + at + n * LANES);
         } else {
-            const uint16_t* value = static_cast<const uint16_t*>(cache.values) + at;
-            for (int64_t i = 0; i < size; ++i) sums[i] += weight * from_bits(static_cast<uint32_t>(value[i]) << 16);
+            for (int64_t i = 0; i < num_vectors * LANES; ++i)
+                out[i / LANES][i % LANES] = i < size ? load(base, at + i, BITS) : 0;
         }
     }
-    for (int64_t i = 0; i < size; ++i) out.put(offset + i, sums[i] / total);
+
+    int64_t place(int64_t i) const {  // of a member
+        return N && BITS == 16 ? i / (2 * LANES) * 2 * LANES + i % 2 * LANES + i / 2 % LANES : i;
+    }
+
+    const int64_t size, num_vectors;
+};
+
+// Query heads of one token that share keys: softmax(q . k / sqrt(E)) . v over the positions up to its own
+// (arXiv 1706.03762).
+template <int N, int BITS>
+void attend(const Model& m, const Cache& cache, int64_t block, const float* queries, int64_t num_heads, int64_t last,
+            float* out, std::vector<float>& scratch) {
+    const Head<N, BITS> shape(m.head_dim);
+    const int64_t num_positions = last + 1, num_vectors = N ? N : shape.num_vectors;
+    const float scale = 1 / std::sqrt(static_cast<float>(shape.size));
+    scratch.assign(num_heads * (num_vectors * LANES + num_positions), 0);
+    float *placed = scratch.data(), *scores = placed + num_heads * num_vectors * LANES;
+    for (int64_t head = 0; head < num_heads; ++head)
+        for (int64_t i = 0; i < shape.size; ++i)
+            placed[head * num_vectors * LANES + shape.place(i)] = queries[head * shape.size + i] * scale;
+    for (int64_t position = 0; position < num_positions; ++position) {
+        Floats key[Head<N, BITS>::ROOM];
+        shape.read(cache.keys, (block * cache.capacity + position) * shape.size, key);
+        for (int64_t head = 0; head < num_heads; ++head) {
+            const Floats* query = reinterpret_cast<const Floats*>(placed + head * num_vectors * LANES);
+            Floats total = {};
+#pragma GCC unroll 8
+            for (int64_t n = 0; n < num_vectors; ++n) total += key[n] * query[n];
+            float score = 0;
+            for (int lane = 0; lane < LANES; ++lane) score += total[lane];
+            scores[head * num_positions + position] = score;
+        }
+    }
+    for (int64_t head = 0; head < num_heads; ++head) {
+        float *weights = scores + head * num_positions, highest = -INFINITY;
+        for (int64_t i = 0; i < num_positions; ++i) highest = std::fmax(highest, weights[i]);
+        const float total = exponentiate(weights, num_positions, highest);
+        Floats sums[Head<N, BITS>::ROOM] = {}, value[Head<N, BITS>::ROOM];
+        for (int64_t position = 0; position < num_positions; ++position) {
+            shape.read(cache.values, (block * cache.capacity + position) * shape.size, value);
+#pragma GCC unroll 8
+            for (int64_t n = 0; n < num_vectors; ++n) sums[n] += weights[position] * value[n];
+        }
+        for (int64_t i = 0; i < shape.size; ++i)
+            out[head * shape.size + i] = sums[shape.place(i) / LANES][shape.place(i) % LANES] / total;
+    }
+}
+
+using Attend = void (*)(const Model&, const Cache&, int64_t, const float*, int64_t, int64_t, float*,
+                        std::vector<float>&);
+
+Attend attend_for(const Model& m) {
+    const bool is_half = m.cache_bits == 16;
+    switch (m.head_dim) {
+        case 32: return is_half ? attend<2, 16> : attend<2, 32>;
+        case 64: return is_half ? attend<4, 16> : attend<4, 32>;
+        case 128: return is_half ? attend<8, 16> : attend<8, 32>;
+        default: return is_half ? attend<0, 16> : attend<0, 32>;
+    }
 }
 
 void read_layer(const Model& m, const Cache& cache, int64_t index, float* hidden, const int64_t* rows,
@@ -269,16 +365,24 @@ void read_layer(const Model& m, const Cache& cache, int64_t index, float* hidden
     const Layer& layer = m.layers[index];
     Pool& pool = worker.pool;
     const int64_t width = m.num_heads * m.head_dim, kv_width = m.num_kv_heads * m.head_dim;
+    const auto to = [&](std::vector<float>& out, int64_t stride) {
+        return [&out, stride](int64_t t, int64_t first, const float* y, int64_t count) {
+            std::copy_n(y, count, out.data() + t * stride + first);
+        };
+    };
+    const auto add = [&](int64_t t, int64_t first, const float* y, int64_t count) {
+        for (int64_t n = 0; n < count; ++n) hidden[t * m.dim + first + n] += y[n];
+    };
     for (int64_t t = 0; t < num_tokens; ++t)
         normalise(hidden + t * m.dim, layer.input_norm, m.dim, m.epsilon, normed[t]);
-    worker.multiply(layer.query, normed, [&](int64_t t, int64_t n, float y) { state.queries[t * width + n] = y; });
-    worker.multiply(layer.key, normed, [&](int64_t t, int64_t n, float y) { state.keys[t * kv_width + n] = y; });
-    worker.multiply(layer.value, normed, [&](int64_t t, int64_t n, float y) { state.values[t * kv_width + n] = y; });
+    worker.multiply(layer.query, normed, to(state.queries, width));
+    worker.multiply(layer.key, normed, to(state.keys, kv_width));
+    worker.multiply(layer.value, normed, to(state.values, kv_width));
     pool.barrier();
     for (int64_t i = worker.index; i < num_tokens * m.num_kv_heads; i += pool.size) {
         const int64_t t = i / m.num_kv_heads, head = i % m.num_kv_heads;
         float* key = state.keys.data() + i * m.head_dim;
-        rotate(key, m.frequencies, m.head_dim, positions[t]);
+        rotate(key, state, m.head_dim, t);
         const int64_t block = (index * cache.num_rows + rows[t]) * m.num_kv_heads + head;
         const int64_t at = (block * cache.capacity + positions[t]) * m.head_dim;
         for (int64_t e = 0; e < m.head_dim; ++e) {
@@ -286,28 +390,34 @@ void read_layer(const Model& m, const Cache& cache, int64_t index, float* hidden
             store(cache.values, at + e, m.cache_bits, state.values[i * m.head_dim + e]);
         }
     }
-    for (int64_t i = worker.index; i < num_tokens * m.num_heads; i += pool.size)
-        rotate(state.queries.data() + i * m.head_dim, m.frequencies, m.head_dim, positions[i / m.num_heads]);
     pool.barrier();
-    const int64_t group = m.num_heads / m.num_kv_heads;
-    for (int64_t i = worker.index; i < num_tokens * m.num_heads; i += pool.size) {
-        const int64_t t = i / m.num_heads, head = i % m.num_heads;
-        const int64_t block = (index * cache.num_rows + rows[t]) * m.num_kv_heads + head / group;
-        attend(m, cache, block, state.queries.data() + i * m.head_dim, positions[t], state.mixed[t],
-               head * m.head_dim, worker.scores);
+    const Attend attend = attend_for(m);
+    const int64_t group = m.num_heads / m.num_kv_heads, num_blocks = num_tokens * m.num_kv_heads;
+    const int64_t parts = std::min<int64_t>(group, (pool.size + num_blocks - 1) / num_blocks);  // of a group's heads
+    for (int64_t i = worker.index; i < num_blocks * parts; i += pool.size) {
+        const int64_t t = i / parts / m.num_kv_heads, kv_head = i / parts % m.num_kv_heads;
+        const int64_t begin = group * (i % parts) / parts, count = group * (i % parts + 1) / parts - begin;
+        const int64_t at = (kv_head * group + begin) * m.head_dim;
+        float* queries = state.queries.data() + t * width + at;
+        for (int64_t head = 0; head < count; ++head) rotate(queries + head * m.head_dim, state, m.head_dim, t);
+        const int64_t block = (index * cache.num_rows + rows[t]) * m.num_kv_heads + kv_head;
+        attend(m, cache, block, queries, count, positions[t], state.mixed[t].plain.data() + at, worker.scores);
+        state.mixed[t].split(at, count * m.head_dim);
     }
     pool.barrier();
-    worker.multiply(layer.output, state.mixed, [&](int64_t t, int64_t n, float y) { hidden[t * m.dim + n] += y; });
+    worker.multiply(layer.output, state.mixed, add);
     pool.barrier();
     for (int64_t t = 0; t < num_tokens; ++t)
         normalise(hidden + t * m.dim, layer.output_norm, m.dim, m.epsilon, normed[t]);
-    worker.multiply(layer.gate, normed, [&](int64_t t, int64_t n, float y) { state.inner[t].plain[n] = y; });
-    worker.multiply(layer.up, normed, [&](int64_t t, int64_t n, float y) {  // the same rows, so the same thread
-        const float gate = state.inner[t].plain[n];
-        state.inner[t].put(n, gate / (1 + std::exp(-gate)) * y);
+    worker.multiply(layer.gate, normed, [&](int64_t t, int64_t first, const float* y, int64_t count) {
+        std::copy_n(y, count, state.inner[t].plain.data() + first);
+    });
+    worker.multiply(layer.up, normed, [&](int64_t t, int64_t first, const float* y, int64_t count) {
+        apply_gate(state.inner[t].plain.data() + first, y, count);  // of the same rows, so of the same thread
+        state.inner[t].split(first, count);
     });
     pool.barrier();
-    worker.multiply(layer.down, state.inner, [&](int64_t t, int64_t n, float y) { hidden[t * m.dim + n] += y; });
+    worker.multiply(layer.down, state.inner, add);
     pool.barrier();
 }
 
@@ -324,7 +434,7 @@ void fastvlm_free(void* pool) { delete static_cast<Pool*>(pool); }
 void fastvlm_read(void* pool, const Model* model, const Cache* cache, float* hidden, const int64_t* rows,
                   const int64_t* positions, int64_t num_tokens) {
     Pool& threads = *static_cast<Pool*>(pool);
-    State state(*model, num_tokens);
+    State state(*model, positions, num_tokens);
     threads.run([&](int index) {
         Worker worker(threads, index);
         std::vector<Vector> normed(num_tokens, Vector(model->dim));
@@ -341,11 +451,15 @@ void fastvlm_read(void* pool, const Model* model, const Cache* cache, float* hid
 void fastvlm_multiply(void* pool, const Matrix* matrix, const float* x, int64_t num_tokens, float* y) {
     Pool& threads = *static_cast<Pool*>(pool);
     std::vector<Vector> inputs(num_tokens, Vector(matrix->columns));
-    for (int64_t t = 0; t < num_tokens; ++t)
-        for (int64_t i = 0; i < matrix->columns; ++i) inputs[t].put(i, x[t * matrix->columns + i]);
+    for (int64_t t = 0; t < num_tokens; ++t) {
+        std::copy_n(x + t * matrix->columns, matrix->columns, inputs[t].plain.data());
+        inputs[t].split(0, matrix->columns);
+    }
     threads.run([&](int index) {
         Worker worker(threads, index);
-        worker.multiply(*matrix, inputs, [&](int64_t t, int64_t n, float sum) { y[t * matrix->rows + n] = sum; });
+        worker.multiply(*matrix, inputs, [&](int64_t t, int64_t first, const float* products, int64_t count) {
+            std::copy_n(products, count, y + t * matrix->rows + first);
+        });
     });
 }
 

@@ -74,9 +74,15 @@ struct Vector {
 
     explicit Vector(int64_t size) : plain(size), even(size / 2 + 1), odd(size / 2 + 1) {}
 
-    void put(int64_t index, float value) {
-        plain[index] = value;
-        (index & 1 ? odd : even)[index >> 1] = value;
+    // Take what was written to `plain` from an even place on.
+    void split(int64_t begin, int64_t count) {
+        const float* from = plain.data() + begin;
+        float *left = even.data() + begin / 2, *right = odd.data() + begin / 2;
+        for (int64_t i = 0; i < count / 2; ++i) {
+            left[i] = from[2 * i];
+            right[i] = from[2 * i + 1];
+        }
+        if (count & 1) left[count / 2] = from[count - 1];
     }
 };
 
@@ -138,9 +144,11 @@ constexpr int ROWS = 1;
 #endif
 constexpr int TOKENS = 4;
 
+constexpr int64_t STRIP = 16;  // rows of a matrix whose products are taken together
+
 // Rows of bfloat16, one behind the other, times several vectors; each sum is the same in a block of any size.
 template <int N, int T>
-void dot_bfloat16(const uint16_t* weight, int64_t size, const Vector* x, float (*out)[TOKENS]) {
+void dot_bfloat16(const uint16_t* weight, int64_t size, const Vector* x, float (*out)[STRIP]) {
     Floats lanes[N][T] = {};
     int64_t i = 0;
     for (; i + 2 * LANES <= size; i += 2 * LANES) {
@@ -170,12 +178,12 @@ void dot_bfloat16(const uint16_t* weight, int64_t size, const Vector* x, float (
             float total = 0;
             for (int lane = 0; lane < LANES; ++lane) total += lanes[row][token][lane];
             for (int64_t j = i; j < size; ++j) total += load(weight + row * size, j, 16) * x[token].plain[j];
-            out[row][token] = total;
+            out[token][row] = total;
         }
 }
 
 template <int N>
-void dot_bfloat16(const uint16_t* weight, int64_t size, const Vector* x, int64_t num_tokens, float (*out)[TOKENS]) {
+void dot_bfloat16(const uint16_t* weight, int64_t size, const Vector* x, int64_t num_tokens, float (*out)[STRIP]) {
     switch (num_tokens) {
         case 1: return dot_bfloat16<N, 1>(weight, size, x, out);
         case 2: return dot_bfloat16<N, 2>(weight, size, x, out);
@@ -184,17 +192,15 @@ void dot_bfloat16(const uint16_t* weight, int64_t size, const Vector* x, int64_t
     }
 }
 
-constexpr int64_t SIDE_OF_TILES = 16;  // rows
-
-// The same of SIDE_OF_TILES rows that lie in tiles, `weight` the first of them: to out (T, SIDE_OF_TILES).
+// The same of STRIP rows that lie in tiles, `weight` the first of them.
 template <int T>
-void dot_tiles(const uint16_t* weight, int64_t size, const Vector* x, float (*out)[SIDE_OF_TILES]) {
+void dot_tiles(const uint16_t* weight, int64_t size, const Vector* x, float (*out)[STRIP]) {
     constexpr int CHAINS = T == 1 ? 4 : T == 2 ? 2 : 1;  // of sums, so that none waits for another
     Floats sums[CHAINS][T][2] = {};
     for (int64_t pair = 0; pair < size / 2; pair += CHAINS) {
 #pragma GCC unroll 4
         for (int chain = 0; chain < CHAINS; ++chain) {
-            const Pairs* pairs = reinterpret_cast<const Pairs*>(weight + (pair + chain) * 2 * SIDE_OF_TILES);
+            const Pairs* pairs = reinterpret_cast<const Pairs*>(weight + (pair + chain) * 2 * STRIP);
             fetch_ahead(pairs);
             const Floats even = reinterpret_cast<Floats>(*pairs << 16);
             const Floats odd = reinterpret_cast<Floats>(*pairs & 0xffff0000u);
@@ -212,8 +218,7 @@ void dot_tiles(const uint16_t* weight, int64_t size, const Vector* x, float (*ou
     }
 }
 
-inline void dot_tiles(const uint16_t* weight, int64_t size, const Vector* x, int64_t num_tokens,
-                      float (*out)[SIDE_OF_TILES]) {
+inline void dot_tiles(const uint16_t* weight, int64_t size, const Vector* x, int64_t num_tokens, float (*out)[STRIP]) {
     switch (num_tokens) {
         case 1: return dot_tiles<1>(weight, size, x, out);
         case 2: return dot_tiles<2>(weight, size, x, out);
@@ -274,6 +279,7 @@ public:
         stride = round_up(bits == 8 ? size : size / 2);
         for (auto* bytes : {&high, &low}) bytes->assign((bits == 8 ? 1 : 2) * stride, 0);
         for (auto* floats : {&scales, &sums}) floats->assign(round_up(num_blocks), 0);
+        total = 0;
         for (int64_t block = 0; block < num_blocks; ++block) {
             const int64_t begin = block * block_size, end = std::min(begin + block_size, size);
             __m512 largest = _mm512_setzero_ps(), sum = largest, broken = largest;
@@ -285,6 +291,7 @@ public:
             }
             const float most = _mm512_reduce_max_ps(largest);
             sums[block] = _mm512_reduce_add_ps(sum);
+            total += sums[block];
             scales[block] = most / 32512 + _mm512_reduce_add_ps(broken);  // 127 * 256: the upper half cannot overflow
             const float inverse = most > 0 ? 32512 / most : 0;
             if (bits == 8) {
@@ -298,6 +305,7 @@ public:
 
     std::vector<int8_t> high, low;
     std::vector<float> scales, sums;  // of each block; zeros behind the last
+    float total = 0;                  // of the sums
     int64_t stride = 0;               // where the odd members begin
 
 private:
@@ -332,7 +340,7 @@ inline __m512 join(__m512i high, __m512i low) {
 }
 
 // `dot_groups` with products of bytes, of 8-bit weights with one scale a row.
-inline float dot_row(const Matrix& m, int64_t row, const Numbers& x, float sum) {
+inline float dot_row(const Matrix& m, int64_t row, const Numbers& x) {
     const uint8_t* weight = static_cast<const uint8_t*>(m.weight) + row * m.columns;
     __m512 total = _mm512_setzero_ps();
     for (int64_t block = 0, i = 0; i < m.columns; ++block) {
@@ -347,7 +355,7 @@ inline float dot_row(const Matrix& m, int64_t row, const Numbers& x, float sum) 
         total = _mm512_fmadd_ps(join(high, low), _mm512_set1_ps(x.scales[block]), total);
     }
     return load(m.scales, row, m.scale_bits) * _mm512_reduce_add_ps(total) +
-           load(m.biases, row, m.scale_bits) * sum;
+           load(m.biases, row, m.scale_bits) * x.total;
 }
 
 // Products of 64 bytes of weights, and a vector's numbers from `at` on: a lane sums four neighbouring bytes, or pairs.
@@ -371,7 +379,7 @@ inline __m512 multiply_bytes(__m512i bytes, const Numbers& x, int64_t at) {
 // The same of weights with a scale for each group; see `has_even_groups`.
 template <int BITS>
 inline float dot_numbers(const Matrix& m, int64_t row, const Numbers& x) {
-    constexpr int64_t STEP = 512 / BITS, BLOCKS = STEP / BLOCK, STEPS = LANES / BLOCKS;  // inputs in 64 bytes; of LANES blocks
+    constexpr int64_t BLOCKS = 512 / BITS / BLOCK, STEPS = LANES / BLOCKS;  // in 64 bytes, which are a step
     const int64_t num_groups = m.columns / m.group, per_group = m.group / BLOCK, num_bytes = m.columns * BITS / 8;
     const uint8_t* weight = static_cast<const uint8_t*>(m.weight) + row * num_bytes;
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -401,12 +409,11 @@ inline float dot_numbers(const Matrix& m, int64_t row, const Numbers& x) {
 }
 #endif
 
-float dot(const Matrix& m, int64_t row, const Vector& x, const float* sums) {
-    const float bias = m.bias ? m.bias[row] : 0;
+inline float dot(const Matrix& m, int64_t row, const Vector& x, const float* sums) {
     switch (m.bits) {
-        case 32: return bias + dot_float(static_cast<const float*>(m.weight) + row * m.columns, x.plain.data(), m.columns);
-        case 8: return bias + dot_groups<8>(m, row, x, sums);
-        default: return bias + dot_groups<4>(m, row, x, sums);
+        case 32: return dot_float(static_cast<const float*>(m.weight) + row * m.columns, x.plain.data(), m.columns);
+        case 8: return dot_groups<8>(m, row, x, sums);
+        default: return dot_groups<4>(m, row, x, sums);
     }
 }
 
