@@ -20,7 +20,7 @@ from fastvlm.model.cache import KVCache
 from fastvlm.model.compiled import can_multiply_bytes
 from fastvlm.model.halves import HalfEmbedding, halve
 from fastvlm.model.language import Qwen2
-from fastvlm.model.native import MOST_TOKENS, NativeQwen2, can_compile
+from fastvlm.model.native import MOST_TOKENS, NativeQwen2, _ManyLinear, can_compile
 from fastvlm.model.quantize import ROW, Packing, QuantizedEmbedding, QuantizedLinear, quantise, replace_layers
 from fastvlm.native import build
 from fastvlm.options import GenerationOptions
@@ -202,33 +202,75 @@ def multiply_many(kernels, layer, x, num_threads=2):
     return own.multiply_many(own.matrix(layer), x)
 
 
+SHAPES = [
+    (Packing(8, ROW), (1100, 70)),
+    (Packing(8, ROW), (44, 5)),
+    (Packing(8, 32), (96, 33)),
+    (Packing(8, 64), (832, 21)),
+    (Packing(8, 128), (1408, 19)),
+    (Packing(4, 32), (288, 64)),
+    (Packing(4, 64), (64, 1)),
+    (Packing(4, 128), (1024, 47)),
+    (Packing(4, 64), (1600, 18)),
+]
+
+
 @pytest.mark.parametrize("num_tokens", [1, 6, 13, 50])
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("packing", "shape"),
-    [
-        (Packing(8, ROW), (1100, 70)),
-        (Packing(8, ROW), (44, 5)),
-        (Packing(8, 32), (96, 33)),
-        (Packing(4, 32), (288, 64)),
-        (Packing(4, 64), (64, 1)),
-        (Packing(4, 128), (1024, 47)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("packing", "shape"), SHAPES, ids=str)
 def test_many_tokens_are_multiplied_as_bytes(kernels, packing, shape, scale_dtype, num_tokens):
-    layer, x = quantised_layer(packing, *shape, scale_dtype), torch.randn(num_tokens, shape[0]) * 3 + 1
-    x[-1] /= 1000
-    x[0, 5] = 1000
-    weight = layer.scales.double().repeat_interleave(shape[0] // layer.scales.shape[1], 1) * numbers_of(layer).double()
-    weight += layer.biases.double().repeat_interleave(shape[0] // layer.biases.shape[1], 1)
+    layer, x = quantised_layer(packing, *shape, scale_dtype), uneven(num_tokens, shape[0])
 
     found = multiply_many(kernels, layer, x)
 
-    expected = x.double() @ weight.T
     size = 512 if packing.group_size == ROW else packing.group_size
-    steps = 32512 if packing.bits == 8 else 2032  # activations have 16 or 12 bits, and a scale a block
-    bound = torch.zeros(num_tokens, dtype=torch.float64)
+    assert_products(found, layer, x, size, steps=32512 if packing.bits == 8 else 2032)  # of 16 or 12 bits
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("packing", "shape"), SHAPES, ids=str)
+def test_few_tokens_are_multiplied_as_bytes(kernels, packing, shape, scale_dtype, num_tokens):
+    layer, x = quantised_layer(packing, *shape, scale_dtype), uneven(num_tokens, shape[0])
+    if not can_multiply_bytes(kernels):
+        pytest.skip("this processor multiplies no bytes")
+    own = NativeQwen2(language_of(CONFIG), kernels, 3)._kernels
+
+    found = own.multiply(own.matrix(layer), x)
+
+    assert_products(found, layer, x, 512 if packing.group_size == ROW else 32, steps=32512)
+
+
+@pytest.mark.parametrize("packing", [Packing(8, ROW), Packing(4, 32)], ids=str)
+def test_a_prompt_in_bfloat16_is_multiplied_as_one_in_floats(kernels, packing):
+    layer, x = quantised_layer(packing, 96, 33), uneven(50, 96).bfloat16()
+    own = NativeQwen2(language_of(CONFIG), kernels, 2)._kernels
+    if not own.multiplies_bytes:
+        pytest.skip("this processor multiplies no bytes")
+
+    found = _ManyLinear(layer, own)(x)
+
+    expected = own.multiply_many(own.matrix(layer), x.float())
+    assert torch.equal(found, expected.bfloat16())
+
+
+def uneven(num_tokens, size):
+    """Activations of which one is large, and a row is small."""
+    x = torch.randn(num_tokens, size) * 3 + 1
+    x[-1] /= 1000
+    x[0, 5] = 1000
+    return x
+
+
+def assert_products(found, layer, x, size, steps):
+    """Products as exact as activations are that have `steps` steps on either side of zero, and a scale a block."""
+    num_inputs = layer.shape[1]
+    weight = (
+        layer.scales.double().repeat_interleave(num_inputs // layer.scales.shape[1], 1) * numbers_of(layer).double()
+    )
+    weight += layer.biases.double().repeat_interleave(num_inputs // layer.biases.shape[1], 1)
+    expected = x.double() @ weight.T
+    bound = torch.zeros(len(x), dtype=torch.float64)
     for block, part in zip(x.double().split(size, 1), weight.split(size, 1), strict=True):
         bound += (block.abs().amax(1) / steps * part.norm()) ** 2
     error = (found.double() - layer.bias - expected).norm(dim=1)

@@ -282,24 +282,21 @@ public:
         total = 0;
         for (int64_t block = 0; block < num_blocks; ++block) {
             const int64_t begin = block * block_size, end = std::min(begin + block_size, size);
-            __m512 largest = _mm512_setzero_ps(), sum = largest, broken = largest;
+            __m512 largest = _mm512_setzero_ps(), broken = largest;
             for (int64_t i = begin; i < end; i += LANES) {
                 const __m512 some = _mm512_maskz_loadu_ps(first_lanes(end - i), x.plain.data() + i);
                 largest = _mm512_max_ps(largest, _mm512_abs_ps(some));
-                sum = _mm512_add_ps(sum, some);
                 broken = _mm512_fmadd_ps(some, _mm512_setzero_ps(), broken);  // NaN if one is infinite or none
             }
             const float most = _mm512_reduce_max_ps(largest);
-            sums[block] = _mm512_reduce_add_ps(sum);
-            total += sums[block];
             scales[block] = most / 32512 + _mm512_reduce_add_ps(broken);  // 127 * 256: the upper half cannot overflow
             const float inverse = most > 0 ? 32512 / most : 0;
-            if (bits == 8) {
-                cut(x.plain.data(), begin, end, inverse, 0);
-            } else {
-                cut(x.even.data(), begin / 2, end / 2, inverse, 0);
-                cut(x.odd.data(), begin / 2, end / 2, inverse, stride);
-            }
+            const int sum = bits == 8 ? cut(x.plain.data(), begin, end, inverse, 0)
+                                      : cut(x.even.data(), begin / 2, end / 2, inverse, 0) +
+                                            cut(x.odd.data(), begin / 2, end / 2, inverse, stride);
+            // of what is multiplied, not of what was given: then rounding is weighed with weights, not with numbers
+            sums[block] = scales[block] * static_cast<float>(sum);
+            total += sums[block];
         }
     }
 
@@ -311,16 +308,19 @@ public:
 private:
     static int64_t round_up(int64_t size) { return (size + 63) / 64 * 64; }
 
-    void cut(const float* x, int64_t begin, int64_t end, float inverse, int64_t to) {
+    int cut(const float* x, int64_t begin, int64_t end, float inverse, int64_t to) {  // returns the sum
+        __m512i sum = _mm512_setzero_si512();
         for (int64_t i = begin; i < end; i += LANES) {
             const __mmask16 mask = first_lanes(end - i);
             const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(inverse));
             const __m512i number = _mm512_cvtps_epi32(scaled);
+            sum = _mm512_add_epi32(sum, number);
             const __m512i lower = _mm512_srai_epi32(_mm512_slli_epi32(number, 24), 24);
             const __m512i upper = _mm512_srai_epi32(_mm512_sub_epi32(number, lower), 8);
             _mm512_mask_cvtepi32_storeu_epi8(low.data() + to + i, mask, lower);
             _mm512_mask_cvtepi32_storeu_epi8(high.data() + to + i, mask, upper);
         }
+        return _mm512_reduce_add_epi32(sum);
     }
 };
 
