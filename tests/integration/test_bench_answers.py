@@ -52,6 +52,25 @@ def program(code=PROGRAM):
     return [sys.executable, "-I", "-S", "-c", code]
 
 
+@pytest.mark.parametrize(
+    ("found", "name"),
+    [
+        ({"ours": "bfloat16", "other": "bfloat16"}, "ours"),
+        (
+            {"ours": "bfloat16", "transformers bfloat16": "bfloat16", "ONNX Runtime float32": "float32"},
+            "ONNX Runtime float32",
+        ),
+        ({"ours": "float32", "quantised": "quantised", "transformers float32": "float32"}, "transformers float32"),
+    ],
+)
+def test_programs_are_compared_with_the_most_exact(found, name):
+    programs = [
+        peers.Program(name=key, tolerance=value, begin=lambda: pytest.fail("started")) for key, value in found.items()
+    ]
+
+    assert peers.most_exact(programs) == name
+
+
 def test_a_program_that_stays_answers_again_and_again():
     with Runner("a", program(), {}) as runner:
         answers = [runner.ask("double", value=value)["value"] for value in (1, 2, 3)]
