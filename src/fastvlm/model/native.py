@@ -254,6 +254,16 @@ class _ManyAttention(TileAttention):
         return self.heads(query), self.heads(key), self.heads(value)
 
 
+def _shortest(*tensors: Tensor) -> list[Tensor]:
+    """Tensors in bfloat16 if that holds all of them exactly, as what was stored in it and made floats: fewer bytes."""
+    halves = [tensor.bfloat16() for tensor in tensors]
+    return (
+        halves
+        if all(torch.equal(half.float(), tensor) for half, tensor in zip(halves, tensors, strict=True))
+        else list(tensors)
+    )
+
+
 def _matrix_of(layer: nn.Module) -> _Matrix:
     assert isinstance(layer, _ManyLinear)
     return layer.matrix
@@ -455,15 +465,16 @@ class _Kernels:
         common = {"bias": None if bias is None else self._floats(bias)}
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
             num_rows, num_columns = module.shape
+            scales, biases = _shortest(module.scales, module.biases)
             return _Matrix(
                 weight=self._pointer(module.weight),
-                scales=self._pointer(module.scales),
-                biases=self._pointer(module.biases),
+                scales=self._pointer(scales),
+                biases=self._pointer(biases),
                 rows=num_rows,
                 columns=num_columns,
-                group=num_columns // module.scales.shape[1],
+                group=num_columns // scales.shape[1],
                 bits=module.bits,
-                scale_bits=_BITS[module.scales.dtype],
+                scale_bits=_BITS[scales.dtype],
                 **common,
             )
         weight = module.weight

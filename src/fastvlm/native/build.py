@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -24,7 +26,6 @@ _FLAGS: Final = (
     "-O3",
     "-std=c++17",
     "-fPIC",
-    "-shared",
     "-pthread",
     # Sums may be made in any order; NaN and infinity stay what they are.
     "-fno-math-errno",
@@ -97,15 +98,21 @@ def _fingerprint(compiler: str, flags: list[str]) -> str:
 
 
 def _build(compiler: str, flags: list[str], path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        built = Path(scratch) / path.name
-        command = [compiler, *flags, *map(os.fspath, _SOURCES), "-o", os.fspath(built)]
+    """Compile the sources side by side, and link them."""
+
+    def run(inputs: Sequence[Path], output: Path, *options: str) -> Path:
+        command = [compiler, *flags, *options, *map(os.fspath, inputs), "-o", os.fspath(output)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode or not built.is_file():
+        if done.returncode or not output.is_file():
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             said = lines[0].strip() if lines else f"status {done.returncode}"
             raise DeviceError(f"{compiler} cannot build the kernels: {said[:300]}; leave --compile out")
-        os.replace(built, path)
+        return output
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch, ThreadPoolExecutor() as pool:
+        objects = [Path(scratch) / f"{source.stem}.o" for source in _SOURCES]
+        parts = list(pool.map(lambda source, part: run([source], part, "-c"), _SOURCES, objects))
+        os.replace(run(parts, Path(scratch) / path.name, "-shared"), path)
 
 
 def _remove_unused(folder: Path) -> None:
