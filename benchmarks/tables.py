@@ -508,6 +508,8 @@ def _peers(results: Results) -> str:
     programs = dict(results["results"])
     if "llava_onevision" in results:
         programs["LLaVA-OneVision-0.5B, 10 crops, transformers"] = results["llava_onevision"]
+    errors = {"relative_error": "logits differ by", "features_relative_error": "features differ by"}
+    errors = {name: title for name, title in errors.items() if any(name in row for row in programs.values())}
     rows = [
         (
             name,
@@ -516,11 +518,11 @@ def _peers(results: Results) -> str:
             _ms(row["ttft_pixels_ms"]),
             row.get("tokens_per_second"),
             f"{row['peak_mb']:,}",
-            f"{row['relative_error']:.1e}" if "relative_error" in row else None,
+            *(f"{row[name]:.1e}" if name in row else None for name in errors),
         )
         for name, row in programs.items()
     ]
-    head = ("program", "vision, ms", "prefill, ms", "ttft_pixels, ms", "tokens/s", "peak MB", "logits differ by")
+    head = ("program", "vision, ms", "prefill, ms", "ttft_pixels, ms", "tokens/s", "peak MB", *errors.values())
     text = _rows(head, rows)
     others = sorted({other for found in results["ratios"].values() for other in found})
     for other in others:

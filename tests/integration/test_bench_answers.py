@@ -121,11 +121,11 @@ def tiny_subject():
 def test_the_measured_answer_is_the_models_answer(tiny_subject, tmp_path):
     model, tokenizer = tiny_subject.model, tiny_subject.tokenizer
     side = 2 * model.config.vision.stride
-    task, logits = tmp_path / "task.safetensors", tmp_path / "logits.safetensors"
+    task, outputs = tmp_path / "task.safetensors", tmp_path / "outputs.safetensors"
     length = subject.write_task(task, side=side, rows=2, stride=model.config.vision.stride, image_id=tokenizer.image_id)
     asked = load_file(task)
 
-    answer = tiny_subject.answer({"task": str(task), "tokens": 3, "laps": True, "logits": str(logits)})
+    answer = tiny_subject.answer({"task": str(task), "tokens": 3, "laps": True, "outputs": str(outputs)})
 
     pixels = tiny_subject.predictor.to_device(asked["pixels"])
     with torch.inference_mode():
@@ -136,7 +136,8 @@ def test_the_measured_answer_is_the_models_answer(tiny_subject, tmp_path):
     assert length == 15 + 4 + 20
     assert [completion.token_ids for completion in expected] == answer["token_ids"]
     assert answer["ttft"] == pytest.approx(answer["vision"] + answer["prefill"], rel=1e-6)
-    assert load_file(logits)["logits"].shape == (2, model.config.language.vocab_size)
+    assert load_file(outputs)["logits"].shape == (2, model.config.language.vocab_size)
+    assert torch.equal(load_file(outputs)["features"], image_embeds.flatten(0, 1).float())
     assert answer["decode"] > 0
     assert answer["peak_bytes"] > 1e6
 
@@ -219,12 +220,12 @@ def test_each_format_of_transformers_that_was_run_is_compared_with(names):
 
 
 def test_a_rival_that_computes_something_else_is_refused(tmp_path):
-    save_file({"logits": torch.rand(1, 3)}, tmp_path / "other.safetensors")
+    save_file({"logits": torch.rand(1, 3), "features": torch.rand(2, 3)}, tmp_path / "other.safetensors")
     code = (
         f"import shutil, sys; sys.path.insert(0, {str(LINES.parent)!r})\n"
         "from lines import open_channel, serve\n"
         "def answer(request):\n"
-        f"    shutil.copy({str(tmp_path / 'other.safetensors')!r}, request['logits'])\n"
+        f"    shutil.copy({str(tmp_path / 'other.safetensors')!r}, request['outputs'])\n"
         "    return {'token_ids': [[0] * 9]}\n"
         "serve(open_channel(), {'load': 1.0}, {'answer': answer})\n"
     )
@@ -296,6 +297,7 @@ def test_transformers_gives_the_same_logits_and_tokens():
     ours = results["results"]["fastvlm default"]
     assert ours["compared_with"] == "transformers float32"
     assert ours["relative_error"] < 1e-4
+    assert 0 < ours["features_relative_error"] < 1e-4
     assert ours["equal_first_tokens"] == 9
     assert results["ratios"]["fastvlm default"]["transformers bfloat16"]["ttft_pixels"] > 0
 

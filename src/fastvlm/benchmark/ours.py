@@ -61,7 +61,8 @@ class Subject:
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Answer about float pixels `(P, 3, H, W)` and token ids `(B, T)` of a file, greedily, stops ignored.
 
-        With `laps` the device is waited for between the parts; without, only for the first token.
+        With `laps` the device is waited for between the parts; without, only for the first token. Features, projected,
+        and the first logits are written to the file `outputs`, if one is named.
         """
         task = load_file(request["task"])
         prompts, pixels = task["token_ids"].tolist(), task["pixels"].to(self.device)
@@ -82,8 +83,9 @@ class Subject:
         if request["laps"]:
             result |= {"prefill": read + rest, "first_token": rest}
         result["ttft"] = laps.total()
-        if request.get("logits"):
-            save_file({"logits": logits.float().cpu().contiguous()}, request["logits"])
+        if request.get("outputs"):
+            found = {"logits": logits, "features": image_embeds.flatten(0, 1)}
+            save_file({name: value.float().cpu().contiguous() for name, value in found.items()}, request["outputs"])
         laps.lap()
         for _ in range(request["tokens"]):
             chosen = decode_step(self.model, chosen, cache).argmax(-1, keepdim=True)

@@ -237,24 +237,30 @@ def _compare(
     programs: Sequence[Program], runners: Sequence[Runner], task: Path, scratch: Path, report: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """Compare each program's logits with the most exact one's; this is also the round that is not counted."""
-    logits, tokens = {}, {}
+    logits, features, tokens = {}, {}, {}
     for runner in runners:
-        path = scratch / "logits.safetensors"
-        answer = runner.ask("answer", task=str(task), tokens=8, laps=True, logits=str(path))
-        logits[runner.name], tokens[runner.name] = load_file(path)["logits"][0], answer["token_ids"][0]
+        path = scratch / "outputs.safetensors"
+        answer = runner.ask("answer", task=str(task), tokens=8, laps=True, outputs=str(path))
+        outputs = load_file(path)
+        logits[runner.name], features[runner.name] = outputs["logits"][0], outputs["features"]
+        tokens[runner.name] = answer["token_ids"][0]
     reference = most_exact(programs)
     found = {}
     for program in programs:
-        error = relative_error(logits[program.name], logits[reference])
+        error, apart = (relative_error(found[program.name], found[reference]) for found in (logits, features))
         equal = [ours == theirs for ours, theirs in zip(tokens[program.name], tokens[reference], strict=True)]
         found[program.name] = {
             "compared_with": reference,
             "relative_error": float(f"{error:.3g}"),
+            "features_relative_error": float(f"{apart:.3g}"),
             "first_tokens": tokens[program.name],
             "equal_first_tokens": [*equal, False].index(False),
             "limit": TOLERANCES[program.tolerance],
         }
-        report(f"{program.name}: logits differ from {reference} by {error:.2g}, first tokens {tokens[program.name]}")
+        report(
+            f"{program.name}: logits differ from {reference} by {error:.2g}, features by {apart:.2g}, "
+            f"first tokens {tokens[program.name]}"
+        )
         if not error <= TOLERANCES[program.tolerance]:
             raise InputError(
                 f"{program.name}: logits differ from those of {reference} by {error:.3g}, at most "
@@ -271,7 +277,7 @@ def most_exact(programs: Sequence[Program]) -> str:
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """The norm of the difference over the norm of the second, for logits `(V,)`."""
+    """The norm of the difference over the norm of the second, for logits `(V,)` or features `(N, D)`."""
     if ours.shape != theirs.shape:
         return float("inf")
     return float((ours - theirs).norm() / theirs.norm())

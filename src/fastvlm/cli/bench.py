@@ -79,6 +79,7 @@ def peers(options: BenchPeersOptions, output: Output) -> None:
         text += f"ttft {row['ttft_pixels_ms']['median']:>9.1f} ms"
         if "tokens_per_second" in row:
             text += f"  decode {row['tokens_per_second']:>7.2f} tokens/s  logits differ by {row['relative_error']:.2g}"
+            text += f", features by {row['features_relative_error']:.2g}"
         output.line(text)
     for name, others in results["ratios"].items():
         for other, ratios in others.items():

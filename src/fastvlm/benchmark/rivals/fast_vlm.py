@@ -35,6 +35,7 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(options.folder, dtype=dtype).to(device).eval()
     load_ms = loading.lap()
     marks: list[Any] = []  # the clock of the run that is measured, and what it read around the encoder
+    features: list[Any] = []  # of that run
     encode = model.model.get_image_features
 
     def timed_encode(*args: Any, **settings: Any) -> Any:
@@ -43,6 +44,7 @@ def main() -> None:
         marks.append(marks[0].lap())
         found = encode(*args, **settings)
         marks.append(marks[0].lap())
+        features[:] = [found.pooler_output.flatten(0, 1)]
         return found
 
     model.model.get_image_features = timed_encode
@@ -64,8 +66,10 @@ def main() -> None:
         if marks:
             result |= {"vision": marks[1] + marks[2], "prefill": rest}
             marks.clear()
-        if request.get("logits"):
-            save_file({"logits": logits.float().cpu().contiguous()}, request["logits"])
+        if request.get("outputs"):
+            found = {"logits": logits, "features": features[0]}
+            save_file({name: value.float().cpu().contiguous() for name, value in found.items()}, request["outputs"])
+        features.clear()
         token_ids = [first]
         laps.lap()
         for _ in range(request["tokens"]):

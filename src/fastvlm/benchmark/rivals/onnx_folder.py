@@ -67,8 +67,9 @@ def main() -> None:
         logits = step(embeds)
         chosen = [int(logits.argmax())]
         result: dict[str, Any] = {"prefill": laps.lap(), "vision": vision, "ttft": laps.total()}
-        if request.get("logits"):
-            save_file({"logits": np.array(logits, np.float32)[None]}, request["logits"])
+        if request.get("outputs"):
+            features = np.array(image_embeds, np.float32).reshape(-1, embeds.shape[-1])
+            save_file({"logits": np.array(logits, np.float32)[None], "features": features}, request["outputs"])
         laps.lap()
         for _ in range(request["tokens"]):
             embeds = embedding.run(None, {"input_ids": np.array([[chosen[-1]]])})[0]

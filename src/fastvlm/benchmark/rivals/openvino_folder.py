@@ -66,8 +66,9 @@ def main() -> None:
         logits = step(embeds, 0)
         chosen = [int(logits.argmax())]
         result: dict[str, Any] = {"prefill": laps.lap(), "vision": vision, "ttft": laps.total()}
-        if request.get("logits"):
-            save_file({"logits": np.array(logits, np.float32)[None]}, request["logits"])
+        if request.get("outputs"):
+            features = np.array(image_embeds, np.float32).reshape(-1, embeds.shape[-1])
+            save_file({"logits": np.array(logits, np.float32)[None], "features": features}, request["outputs"])
         laps.lap()
         for index in range(request["tokens"]):
             embeds = np.array(run(embedding, input_ids=np.array([[chosen[-1]]])))
