@@ -10,7 +10,7 @@ from PIL import Image
 from fastvlm.benchmark import ceilings, plot
 from fastvlm.benchmark.drawing import Drawing
 from fastvlm.benchmark.published import ENCODERS, FASTVITHD
-from fastvlm.benchmark.record import keep
+from fastvlm.benchmark.record import keep, processor
 from fastvlm.benchmark.spread import slope, summaries, summary
 from fastvlm.errors import InputError
 from fastvlm.options import BenchPlotOptions
@@ -26,6 +26,14 @@ def test_a_summary_keeps_every_value():
 
 def test_parts_that_were_not_measured_are_left_out():
     assert summaries([{"a": 1.0}, {"a": 3.0}], ("a", "b")).keys() == {"a_ms"}
+
+
+@pytest.mark.parametrize(("flags", "name"), [("fpu amx_bf16", "Fast CPU, AMX"), ("fpu avx2", "Fast CPU")])
+def test_a_processor_is_named_by_its_maker_and_by_amx(tmp_path, flags, name):
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor\t: 0\nmodel name\t: Fast CPU\nflags\t\t: {flags}\n")
+
+    assert processor(info) == name
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 0.5])

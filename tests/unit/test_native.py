@@ -28,6 +28,10 @@ from fastvlm.options import GenerationOptions
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the kernels are built by GCC or Clang")
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CONFIG = LanguageConfig(dim=64, num_layers=3, num_heads=4, num_kv_heads=2, mlp_dim=96, vocab_size=101, tied=True)
+WIDE = [  # heads that lie in vectors of their own
+    LanguageConfig(dim=4 * size, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=96, vocab_size=50, tied=True)
+    for size in (32, 64, 128)
+]
 ODD = LanguageConfig(dim=44, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=50, vocab_size=37, tied=False)
 
 
@@ -62,7 +66,7 @@ def steps_of(config, num_rows, dtype=torch.float32):
     return [(torch.randn(num_rows, n, config.dim, generator=generator).to(dtype), lengths) for n, lengths in shapes]
 
 
-@pytest.mark.parametrize("config", [CONFIG, ODD], ids=["even", "odd"])
+@pytest.mark.parametrize("config", [CONFIG, ODD, *WIDE], ids=["even", "odd", "32", "64", "128"])
 @pytest.mark.parametrize("num_rows", [1, 2])
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_hidden_states_and_cache_are_those_of_the_models_own_operators(kernels, config, num_rows, num_threads):
@@ -80,15 +84,17 @@ def test_hidden_states_and_cache_are_those_of_the_models_own_operators(kernels, 
         assert_close(other.values[:, row, :, :length], cache.values[:, row, :, :length], rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_is_nearer_to_float32_than_the_models_own_operators_are(kernels):
-    exact, rounded = language_of(CONFIG), language_of(CONFIG, torch.bfloat16)
+@pytest.mark.parametrize("config", [CONFIG, ODD, *WIDE], ids=["even", "odd", "32", "64", "128"])
+@pytest.mark.parametrize("num_threads", [1, 5])
+def test_bfloat16_is_nearer_to_float32_than_the_models_own_operators_are(kernels, config, num_threads):
+    exact, rounded = language_of(config), language_of(config, torch.bfloat16)
     exact.load_state_dict(rounded.state_dict())
-    native = NativeQwen2(rounded, kernels, 2)
-    steps = steps_of(CONFIG, 1, torch.bfloat16)
+    native = NativeQwen2(rounded, kernels, num_threads)
+    steps = steps_of(config, 1, torch.bfloat16)
 
-    expected = read_in_steps(exact, [(x.float(), n) for x, n in steps], cache_of(CONFIG, 1))
-    own = read_in_steps(rounded, steps, cache_of(CONFIG, 1, dtype=torch.bfloat16))
-    got = read_in_steps(native, steps, cache_of(CONFIG, 1, dtype=torch.bfloat16))
+    expected = read_in_steps(exact, [(x.float(), n) for x, n in steps], cache_of(config, 1))
+    own = read_in_steps(rounded, steps, cache_of(config, 1, dtype=torch.bfloat16))
+    got = read_in_steps(native, steps, cache_of(config, 1, dtype=torch.bfloat16))
 
     few = slice(11, None)  # what the kernels read
     assert (got[few] - expected[few]).norm() < (own[few] - expected[few]).norm()

@@ -47,9 +47,27 @@ def logits_of(language, num_rows, lengths):
     return torch.cat(found, dim=1)
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5])  # of which 1 and 2 are filled up
+@pytest.mark.parametrize(
+    ("line", "number"),
+    [
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512_bf16", 4),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512f", 4),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16 amx_bf16", 1),
+        ("", 4),
+    ],
+)
+def test_few_rows_are_filled_up_except_on_intels_processors_that_multiply_bfloat16(tmp_path, line, number):
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor\t: 0\n{line}\n")
+
+    assert packed.fewest_rows(info) == number
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5])
+@pytest.mark.parametrize("fewest", [1, 4])
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_are_those_of_the_plain_matrices(tied, num_rows):
+def test_logits_are_those_of_the_plain_matrices(tied, fewest, num_rows, monkeypatch):
+    monkeypatch.setattr(packed, "fewest_rows", lambda: fewest)
     language = language_of(tied=tied)
     other = copy.deepcopy(language)
     forgotten = []

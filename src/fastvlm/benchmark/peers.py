@@ -172,6 +172,8 @@ def _programs(
         if python is None:
             missing[name] = f"no interpreter here has {module}"
         elif module == "openvino":
+            if not (Path(given) / "openvino_language_model.xml").is_file():
+                raise InputError(f"{given}: no OpenVINO export; make one with fastvlm export openvino")
             theirs = rival_dtype(placement)
             precision = {"float32": "f32", "bfloat16": "bf16"}[theirs]
             line = [python, str(RIVALS / "openvino_folder.py"), given, "--precision", precision]
@@ -203,6 +205,8 @@ def _ours(route: str, options: BenchPeersOptions, folder: Path, placement: Place
     loading = _loading(route, options, placement)
     name = f"fastvlm {kind}" + (f" {Path(other).name}" if other else "")
     path = Path(other) if other else folder
+    if other and not (path / "config.json").is_file():
+        raise InputError(f"route {route!r}: {path} is no checkpoint folder; name one as ROUTE:FOLDER")
     tolerance = "quantised" if other else placement.dtype_name
     return Program(name=name, tolerance=tolerance, begin=lambda: start(name, path, loading, threads))
 
@@ -313,7 +317,7 @@ def _ask_llava(runner: Runner, *, is_cpu: bool, crops: int = CROPS) -> dict[str,
 
 
 def rival_dtype(placement: Placement) -> str:
-    """In what others compute: as we do, for bfloat16 that the processor does not multiply is emulated, times slower."""
+    """In what others compute: as we do, for bfloat16 that the processor multiplies no faster takes longer."""
     return "float32" if placement.dtype_name == "float32" else "bfloat16"
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from fastvlm.device import cpu_flags, describe
+from fastvlm.device import CPUINFO, cpu_flags, describe
 from fastvlm.errors import InputError
 
 _PACKAGES: Final = ("fastvlm", "torch", "numpy", "pillow", "tokenizers", "safetensors")
@@ -94,13 +94,12 @@ def commit() -> str:
     return asked.stdout.strip() or "unknown"
 
 
-def processor() -> str:
+def processor(cpuinfo: Path = CPUINFO) -> str:
     """Name the processor as its maker does, where Linux tells it, and whether it has AMX: a name does not say."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip() + (", AMX" if "amx_bf16" in cpu_flags(info) else "")
+                return line.partition(":")[2].strip() + (", AMX" if "amx_bf16" in cpu_flags(cpuinfo) else "")
     return platform.processor() or platform.machine()
 
 

@@ -34,14 +34,14 @@ def run(options: BenchRooflineOptions, *, command: Sequence[str], report: Callab
     before, threads, loading = load_average(), num_threads(options.threads), options.loading
     check_here(loading)
     device = place(loading.device, loading.dtype).device
-    limits = {}
-    for count in ceilings.thread_counts(threads) if device.type == "cpu" else [threads]:
-        limits[str(count)] = ceilings.measure(device, count, options.seconds)
-        report(f"{count} threads: {_shown(limits[str(count)])}")
     with tempfile.TemporaryDirectory(prefix="fastvlm-bench-") as name:
         scratch = Path(name)
         folder = folder_of(loading.model, scratch)
         config = load_checkpoint(folder).model.config
+        limits = {}
+        for count in ceilings.thread_counts(threads) if device.type == "cpu" else [threads]:
+            limits[str(count)] = ceilings.measure(device, count, options.seconds)
+            report(f"{count} threads: {_shown(limits[str(count)])}")
         with start("fastvlm", folder, loading, threads) as ours:
             hello = ours.hello
             side = side_of(options.image_size, hello)

@@ -150,8 +150,8 @@ class NativeQwen2(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """`(..., D)` hidden states to `(..., V)` logits."""
         if hidden.shape[:-1].numel() > self._kernels.most_tokens:
-            if self._kernels.multiplies_bytes and self._kernels.head.bits <= 8 and hidden.dtype == torch.float32:
-                return self._kernels.multiply_many(self._kernels.head, hidden)
+            if self._kernels.multiplies_bytes and self._kernels.head.bits <= 8:
+                return self._kernels.multiply_many(self._kernels.head, hidden.float())
             return self.language.head(hidden)
         return self._kernels.multiply(self._kernels.head, hidden)
 
@@ -289,6 +289,7 @@ class _Kernels:
 
     def __init__(self, language: Qwen2, library: ctypes.CDLL, num_threads: int) -> None:
         self._library, self._kept, self._lock = library, list[Tensor](), threading.Lock()
+        self._matrices: dict[int, _Matrix] = {}  # by where their numbers lie
         library.fastvlm_pool.restype = ctypes.c_void_p
         self._pool = ctypes.c_void_p(library.fastvlm_pool(num_threads))
         self._num_threads, self._parallel = num_threads, openmp()
@@ -461,13 +462,20 @@ class _Kernels:
 
     def matrix(self, module: nn.Module) -> _Matrix:
         """Describe the matrix of a layer, quantised or not, to the library."""
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if weight.data_ptr() not in self._matrices:
+            self._matrices[weight.data_ptr()] = self._described(module, weight)
+        return self._matrices[weight.data_ptr()]
+
+    def _described(self, module: nn.Module, weight: Tensor) -> _Matrix:
         bias = getattr(module, "bias", None)
         common = {"bias": None if bias is None else self._floats(bias)}
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
             num_rows, num_columns = module.shape
             scales, biases = _shortest(module.scales, module.biases)
             return _Matrix(
-                weight=self._pointer(module.weight),
+                weight=self._pointer(weight),
                 scales=self._pointer(scales),
                 biases=self._pointer(biases),
                 rows=num_rows,
@@ -477,8 +485,6 @@ class _Kernels:
                 scale_bits=_BITS[scales.dtype],
                 **common,
             )
-        weight = module.weight
-        assert isinstance(weight, Tensor)
         num_rows, num_columns = module.shape if isinstance(module, TiledLinear) else weight.shape
         return _Matrix(
             weight=self._pointer(weight),

@@ -9,13 +9,14 @@ Letters: `B` rows, `T` tokens, `D` width, `M` rows of activations (all tokens).
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvlm.device import cpu_flags, is_intel
+from fastvlm.device import CPUINFO, cpu_flags, is_intel
 from fastvlm.model.fused import FusedLinear
 from fastvlm.model.language import Attention, Layer, Qwen2, join, linear_of, rotate
 
@@ -30,9 +31,9 @@ def forget_nothing(_: Tensor) -> None:
 
 
 @cache
-def fewest_rows() -> int:
-    """How many rows of activations this processor is given at least."""
-    return 1 if is_intel() and "avx512_bf16" in cpu_flags() else _FEWEST
+def fewest_rows(cpuinfo: Path = CPUINFO) -> int:
+    """How many rows of activations this processor is given at least; `cpuinfo` is where Linux describes it."""
+    return 1 if is_intel(cpuinfo) and "avx512_bf16" in cpu_flags(cpuinfo) else _FEWEST
 
 
 def can_pack(language: Qwen2) -> bool:

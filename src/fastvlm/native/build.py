@@ -54,7 +54,10 @@ def library(folder: Path | None = None) -> ctypes.CDLL:
         folder = user_cache() / "native" if folder is None else folder
     except RuntimeError as error:
         raise DeviceError("compiled kernels: this user has no home to keep them in; leave --compile out") from error
-    path = folder / f"kernels-{_fingerprint(compiler, flags)}.so"
+    try:
+        path = folder / f"kernels-{_fingerprint(compiler, flags)}.so"
+    except OSError as error:
+        raise DeviceError(f"{compiler} cannot be run: {error.strerror or error}; leave --compile out") from error
     try:
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -99,20 +102,34 @@ def _fingerprint(compiler: str, flags: list[str]) -> str:
 
 def _build(compiler: str, flags: list[str], path: Path) -> None:
     """Compile the sources side by side, and link them."""
+    running: list[subprocess.Popen[str]] = []
 
     def run(inputs: Sequence[Path], output: Path, *options: str) -> Path:
         command = [compiler, *flags, *options, *map(os.fspath, inputs), "-o", os.fspath(output)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode or not output.is_file():
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            said = lines[0].strip() if lines else f"status {done.returncode}"
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        running.append(process)
+        told = process.communicate()[1].splitlines()
+        if process.returncode or not output.is_file():
+            lines = [line for line in told if "error" in line] or told
+            said = lines[0].strip() if lines else f"status {process.returncode}"
             raise DeviceError(f"{compiler} cannot build the kernels: {said[:300]}; leave --compile out")
         return output
 
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch, ThreadPoolExecutor() as pool:
-        objects = [Path(scratch) / f"{source.stem}.o" for source in _SOURCES]
-        parts = list(pool.map(lambda source, part: run([source], part, "-c"), _SOURCES, objects))
-        os.replace(run(parts, Path(scratch) / path.name, "-shared"), path)
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent) as scratch,
+        ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
+    ):
+        tasks = [pool.submit(run, [source], Path(scratch) / f"{source.stem}.o", "-c") for source in _SOURCES]
+        try:
+            parts = [task.result() for task in tasks]
+            os.replace(run(parts, Path(scratch) / path.name, "-shared"), path)
+        except BaseException:  # a signal, too: nobody waits for compilers then
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.kill()
+            raise
 
 
 def _remove_unused(folder: Path) -> None:
