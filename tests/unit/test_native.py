@@ -3,7 +3,9 @@
 import copy
 import os
 import shutil
+import signal
 import stat
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -434,3 +436,42 @@ def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path):
         build.library(kept)
 
     assert not list(kept.iterdir())
+
+
+def test_a_program_that_is_ended_waits_for_no_compiler(tmp_path):
+    compiler = tmp_path / "c++"
+    told = tmp_path / "pid"
+    compiler.write_text(
+        f"#!/bin/sh\n[ $1 = --version ] && exit\nsleep 300 &\necho $! > {told}.part; mv {told}.part {told}; wait\n"
+    )
+    compiler.chmod(0o755)
+    image = Path(__file__).parents[2] / "examples" / "images" / "emoji.png"
+    command = [sys.executable, "-m", "fastvlm", "predict", "--compile", "--device", "cpu", "--image", str(image)]
+    environment = os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as program:
+        try:
+            wait_for(told.exists)
+
+            program.send_signal(signal.SIGTERM)
+
+            assert program.wait(30) == 143
+        finally:
+            program.kill()
+    wait_for(lambda: is_gone(int(told.read_text())))
+    assert not list((tmp_path / "cache" / "fastvlm" / "native").iterdir())
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_gone(pid):
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z"  # nobody took its status yet

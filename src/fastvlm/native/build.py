@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -107,7 +108,12 @@ def _build(compiler: str, flags: list[str], path: Path) -> None:
     def run(inputs: Sequence[Path], output: Path, *options: str) -> Path:
         command = [compiler, *flags, *options, *map(os.fspath, inputs), "-o", os.fspath(output)]
         process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # with what the compiler starts
         )
         running.append(process)
         told = process.communicate()[1].splitlines()
@@ -128,7 +134,9 @@ def _build(compiler: str, flags: list[str], path: Path) -> None:
         except BaseException:  # a signal, too: nobody waits for compilers then
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
-                process.kill()
+                if process.poll() is None:
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
             raise
 
 
