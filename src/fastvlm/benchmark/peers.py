@@ -240,7 +240,7 @@ def onnx_suffix(folder: Path) -> str:
 def _compare(
     programs: Sequence[Program], runners: Sequence[Runner], task: Path, scratch: Path, report: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
-    """Compare each program's logits with the most exact one's; this is also the round that is not counted."""
+    """Compare logits and features with those of the most exact program; this is also the round that is not counted."""
     logits, features, tokens = {}, {}, {}
     for runner in runners:
         path = scratch / "outputs.safetensors"
@@ -251,7 +251,7 @@ def _compare(
     reference = most_exact(programs)
     found = {}
     for program in programs:
-        error, apart = (relative_error(found[program.name], found[reference]) for found in (logits, features))
+        error, apart = (relative_error(of[program.name], of[reference]) for of in (logits, features))
         equal = [ours == theirs for ours, theirs in zip(tokens[program.name], tokens[reference], strict=True)]
         found[program.name] = {
             "compared_with": reference,
