@@ -22,7 +22,7 @@ from fastvlm.model.cache import KVCache
 from fastvlm.model.compiled import can_multiply_bytes
 from fastvlm.model.halves import HalfEmbedding, halve
 from fastvlm.model.language import Qwen2
-from fastvlm.model.native import MOST_TOKENS, NativeQwen2, _ManyLinear, can_compile
+from fastvlm.model.native import MOST_TOKENS, NativeQwen2, TiledLinear, _ManyLinear, can_compile
 from fastvlm.model.quantize import ROW, Packing, QuantizedEmbedding, QuantizedLinear, quantise, replace_layers
 from fastvlm.native import build
 from fastvlm.options import GenerationOptions
@@ -247,6 +247,35 @@ def test_few_tokens_are_multiplied_as_bytes(kernels, packing, shape, scale_dtype
     found = own.multiply(own.matrix(layer), x)
 
     assert_products(found, layer, x, 512 if packing.group_size == ROW else 32, steps=32512)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_outputs", [64, 309, 592])
+@pytest.mark.parametrize(
+    "packing", ["tiles", "rows", "float32", Packing(8, ROW), Packing(8, 32), Packing(4, 32)], ids=str
+)
+def test_every_row_of_a_matrix_is_multiplied_once(kernels, packing, num_outputs, num_tokens, num_threads):
+    """However a thread divides its rows into streams and what is left over."""
+    torch.manual_seed(0)
+    x = torch.randn(num_tokens, 96)
+    if isinstance(packing, Packing):
+        layer = quantised_layer(packing, 96, num_outputs)
+        weight = layer.floats(torch.float32)
+    else:
+        layer = torch.nn.Linear(96, num_outputs // 16 * 16 if packing == "tiles" else num_outputs)
+        layer.weight = torch.nn.Parameter(
+            layer.weight.bfloat16().to(torch.float32 if packing == "float32" else torch.bfloat16)
+        )
+        weight = layer.weight.float()
+        if packing == "tiles":
+            layer = TiledLinear(layer)
+    own = NativeQwen2(language_of(CONFIG), kernels, num_threads)._kernels
+
+    found = own.multiply(own.matrix(layer), x)
+
+    assert_close(found, x @ weight.T + layer.bias, rtol=1e-3, atol=2e-3)
+    assert torch.equal(found[-1:], own.multiply(own.matrix(layer), x[-1:]))
 
 
 @pytest.mark.parametrize("packing", [Packing(8, ROW), Packing(4, 32)], ids=str)

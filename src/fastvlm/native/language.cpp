@@ -121,18 +121,19 @@ public:
     template <typename Take>
     void multiply(const Matrix& m, const std::vector<Vector>& inputs, const Take& take) {
         prepare(m, inputs);
-        const int64_t num_tokens = inputs.size(), num_parts = (m.rows + STRIP - 1) / STRIP;
-        for (int64_t part = num_parts * index / pool.size; part < num_parts * (index + 1) / pool.size; ++part) {
-            const int64_t first = part * STRIP, num_rows = std::min(STRIP, m.rows - first);
-            for (int64_t token = 0; token < num_tokens; token += TOKENS) {
-                const int64_t count = std::min<int64_t>(TOKENS, num_tokens - token);
-                dot_rows(m, first, num_rows, inputs, token, count);
-                for (int64_t t = 0; t < count; ++t) {
-                    if (m.bias)
-                        for (int64_t n = 0; n < num_rows; ++n) products[t][n] += m.bias[first + n];
-                    take(token + t, first, products[t], num_rows);
-                }
-            }
+        products.resize(inputs.size() * STREAMS * STRIP);
+        const int64_t num_strips = (m.rows + STRIP - 1) / STRIP;
+        const int64_t begin = num_strips * index / pool.size, end = num_strips * (index + 1) / pool.size;
+        const int64_t length = std::max<int64_t>(std::min(end, m.rows / STRIP) - begin, 0) / STREAMS;  // of a stream
+        for (int64_t strip = begin; strip < begin + length; ++strip) {
+            dot_strips<STREAMS>(m, strip * STRIP, length * STRIP, STRIP, inputs);
+            for (int64_t stream = 0; stream < STREAMS; ++stream)
+                give(m, (strip + stream * length) * STRIP, STRIP, stream, inputs.size(), take);
+        }
+        for (int64_t strip = begin + STREAMS * length; strip < end; ++strip) {
+            const int64_t num_rows = std::min(STRIP, m.rows - strip * STRIP);
+            dot_strips<1>(m, strip * STRIP, 0, num_rows, inputs);
+            give(m, strip * STRIP, num_rows, 0, inputs.size(), take);
         }
     }
 
@@ -161,39 +162,76 @@ private:
             }
     }
 
-    // Products of some rows and some tokens; of bfloat16 in blocks of a few rows, whose sums stay in registers.
-    void dot_rows(const Matrix& m, int64_t first, int64_t num_rows, const std::vector<Vector>& inputs, int64_t token,
-                  int64_t count) {
+    // Products of the rows of N strips, `stride` rows apart, and each token.
+    template <int N>
+    void dot_strips(const Matrix& m, int64_t first, int64_t stride, int64_t num_rows,
+                    const std::vector<Vector>& inputs) {
+        if (m.is_tiled) return dot_tiled<N>(m, first, stride, inputs);
+        int64_t n = 0;
+        if constexpr (N == 1) {
+            for (; n + STREAMS <= num_rows; n += STREAMS) dot_rows<STREAMS>(m, first + n, 1, inputs, n, 1);
+        }
+        for (; n < num_rows; ++n) dot_rows<N>(m, first + n, stride, inputs, n, STRIP);
+    }
+
+    template <int N>
+    void dot_tiled(const Matrix& m, int64_t first, int64_t stride, const std::vector<Vector>& inputs) {
+        float sums[2][N][STRIP];
+        for (size_t token = 0; token < inputs.size(); token += 2) {
+            const size_t count = std::min<size_t>(2, inputs.size() - token);
+            (count == 1 ? dot_tiles<N, 1> : dot_tiles<N, 2>)(m, first, stride, inputs.data() + token, sums);
+            for (size_t t = 0; t < count; ++t)
+                std::copy_n(sums[t][0], N * STRIP, products.data() + (token + t) * STREAMS * STRIP);
+        }
+    }
+
+    // Products of N rows, `stride` apart, and each token, whose places are from `at` on, `step` apart.
+    template <int N>
+    void dot_rows(const Matrix& m, int64_t first, int64_t stride, const std::vector<Vector>& inputs, int64_t at,
+                  int64_t step) {
+        const int64_t num_tokens = inputs.size();
+        const auto put = [&](int64_t token, const float* sums) {
+            for (int n = 0; n < N; ++n) products[token * STREAMS * STRIP + at + n * step] = sums[n];
+        };
+        float sums[TOKENS][N];
         if (m.bits == 16) {
-            const uint16_t* weight = static_cast<const uint16_t*>(m.weight) + first * m.columns;
-            const Vector* x = inputs.data() + token;
-            if (m.is_tiled) return dot_tiles(weight, m.columns, x, count, products);
-            for (int64_t row = 0, next; row < num_rows; row = next) {
-                next = row + ROWS <= num_rows ? row + ROWS : row + 1;
-                float(*out)[STRIP] = reinterpret_cast<float(*)[STRIP]>(products[0] + row);
-                (next - row == ROWS ? dot_bfloat16<ROWS> : dot_bfloat16<1>)(weight + row * m.columns, m.columns, x,
-                                                                            count, out);
+            for (int64_t token = 0; token < num_tokens; token += TOKENS) {
+                const int64_t count = std::min(TOKENS, num_tokens - token);
+                dot_bfloat16<N>(m, first, stride, inputs.data() + token, count, sums);
+                for (int64_t t = 0; t < count; ++t) put(token + t, sums[t]);
             }
             return;
         }
-#if HAS_BYTE_PRODUCTS
-        if (m.bits < 16 && (has_whole_rows(m) || has_even_groups(m))) {
-            const auto fill = [&](const auto& dot) {
-                for (int64_t n = 0; n < num_rows; ++n)
-                    for (int64_t t = 0; t < count; ++t) products[t][n] = dot(m, first + n, numbers[token + t]);
-            };
-            if (has_whole_rows(m)) return fill([](const auto&... of) { return dot_row(of...); });
-            if (m.bits == 8) return fill([](const auto&... of) { return dot_numbers<8>(of...); });
-            return fill([](const auto&... of) { return dot_numbers<4>(of...); });
+        for (int64_t token = 0; token < num_tokens; ++token) {
+            dot<N>(m, first, stride, inputs[token], token, sums[0]);
+            put(token, sums[0]);
         }
-#endif
-        for (int64_t n = 0; n < num_rows; ++n)
-            for (int64_t t = 0; t < count; ++t)
-                products[t][n] = dot(m, first + n, inputs[token + t], sums.data() + (token + t) * num_groups);
     }
 
-    float products[TOKENS][STRIP];
-    std::vector<float> sums;  // of each group of inputs, for weights that have a bias for it
+    template <int N>
+    void dot(const Matrix& m, int64_t first, int64_t stride, const Vector& x, int64_t token, float* out) {
+#if HAS_BYTE_PRODUCTS
+        if (m.bits < 16 && has_whole_rows(m)) return dot_row<N>(m, first, stride, numbers[token], out);
+        if (m.bits < 16 && has_even_groups(m))
+            return (m.bits == 8 ? dot_numbers<8, N> : dot_numbers<4, N>)(m, first, stride, numbers[token], out);
+#endif
+        const float* of_groups = sums.data() + token * num_groups;
+        for (int n = 0; n < N; ++n) out[n] = dot_one(m, first + n * stride, x, of_groups);
+    }
+
+    // Hand on what `dot_strips` found of a strip.
+    template <typename Take>
+    void give(const Matrix& m, int64_t first, int64_t num_rows, int64_t stream, int64_t num_tokens, const Take& take) {
+        for (int64_t token = 0; token < num_tokens; ++token) {
+            float* y = products.data() + (token * STREAMS + stream) * STRIP;
+            if (m.bias)
+                for (int64_t n = 0; n < num_rows; ++n) y[n] += m.bias[first + n];
+            take(token, first, y, num_rows);
+        }
+    }
+
+    std::vector<float> products;  // (tokens, STREAMS, STRIP)
+    std::vector<float> sums;      // of each group of inputs, for weights that have a bias for it
     int64_t num_groups = 0;
 #if HAS_BYTE_PRODUCTS
     std::vector<Numbers> numbers;

@@ -137,25 +137,31 @@ float dot_float(const float* weight, const float* x, int64_t size) {
     return total;
 }
 
-#if defined(__AVX512F__)
-constexpr int ROWS = 4;    // of a block: its sums stay in registers
-#else
-constexpr int ROWS = 1;
-#endif
-constexpr int TOKENS = 4;
-
 constexpr int64_t STRIP = 16;  // rows of a matrix whose products are taken together
+constexpr int64_t TOKENS = 4;  // that are multiplied with a row while it is in registers
 
-// Rows of bfloat16, one behind the other, times several vectors; each sum is the same in a block of any size.
+// Rows that are read together, each from a part of memory of its own: a core fetches ahead within a page, so one stream
+// alone waits at every page's end.
+#if defined(__AVX512F__)
+constexpr int64_t STREAMS = 4;  // their sums stay in registers
+#else
+constexpr int64_t STREAMS = 1;
+#endif
+
+// N rows of bfloat16, `stride` apart, times several vectors; each sum is the same beside any others.
 template <int N, int T>
-void dot_bfloat16(const uint16_t* weight, int64_t size, const Vector* x, float (*out)[STRIP]) {
+void dot_bfloat16(const Matrix& m, int64_t first, int64_t stride, const Vector* x, float (*out)[N]) {
+    const int64_t size = m.columns;
+    const uint16_t* weight[N];
+    for (int row = 0; row < N; ++row)
+        weight[row] = static_cast<const uint16_t*>(m.weight) + (first + row * stride) * size;
     Floats lanes[N][T] = {};
     int64_t i = 0;
     for (; i + 2 * LANES <= size; i += 2 * LANES) {
         Floats even[N], odd[N];
 #pragma GCC unroll 4
         for (int row = 0; row < N; ++row) {
-            const Pairs* pairs = reinterpret_cast<const Pairs*>(weight + row * size + i);
+            const Pairs* pairs = reinterpret_cast<const Pairs*>(weight[row] + i);
             fetch_ahead(pairs);
             even[row] = reinterpret_cast<Floats>(*pairs << 16);
             odd[row] = reinterpret_cast<Floats>(*pairs & 0xffff0000u);
@@ -177,54 +183,47 @@ void dot_bfloat16(const uint16_t* weight, int64_t size, const Vector* x, float (
         for (int token = 0; token < T; ++token) {
             float total = 0;
             for (int lane = 0; lane < LANES; ++lane) total += lanes[row][token][lane];
-            for (int64_t j = i; j < size; ++j) total += load(weight + row * size, j, 16) * x[token].plain[j];
+            for (int64_t j = i; j < size; ++j) total += load(weight[row], j, 16) * x[token].plain[j];
             out[token][row] = total;
         }
 }
 
 template <int N>
-void dot_bfloat16(const uint16_t* weight, int64_t size, const Vector* x, int64_t num_tokens, float (*out)[STRIP]) {
+void dot_bfloat16(const Matrix& m, int64_t first, int64_t stride, const Vector* x, int64_t num_tokens,
+                  float (*out)[N]) {
     switch (num_tokens) {
-        case 1: return dot_bfloat16<N, 1>(weight, size, x, out);
-        case 2: return dot_bfloat16<N, 2>(weight, size, x, out);
-        case 3: return dot_bfloat16<N, 3>(weight, size, x, out);
-        default: return dot_bfloat16<N, TOKENS>(weight, size, x, out);
+        case 1: return dot_bfloat16<N, 1>(m, first, stride, x, out);
+        case 2: return dot_bfloat16<N, 2>(m, first, stride, x, out);
+        case 3: return dot_bfloat16<N, 3>(m, first, stride, x, out);
+        default: return dot_bfloat16<N, TOKENS>(m, first, stride, x, out);
     }
 }
 
-// The same of STRIP rows that lie in tiles, `weight` the first of them.
-template <int T>
-void dot_tiles(const uint16_t* weight, int64_t size, const Vector* x, float (*out)[STRIP]) {
-    constexpr int CHAINS = T == 1 ? 4 : T == 2 ? 2 : 1;  // of sums, so that none waits for another
-    Floats sums[CHAINS][T][2] = {};
-    for (int64_t pair = 0; pair < size / 2; pair += CHAINS) {
+// The same of N strips that lie in tiles, `stride` rows apart.
+template <int N, int T>
+void dot_tiles(const Matrix& m, int64_t first, int64_t stride, const Vector* x, float (*out)[N][STRIP]) {
+    const uint16_t* weight[N];
+    for (int n = 0; n < N; ++n) weight[n] = static_cast<const uint16_t*>(m.weight) + (first + n * stride) * m.columns;
+    Floats sums[N][T][2] = {};
+    for (int64_t pair = 0; pair < m.columns / 2; ++pair) {
 #pragma GCC unroll 4
-        for (int chain = 0; chain < CHAINS; ++chain) {
-            const Pairs* pairs = reinterpret_cast<const Pairs*>(weight + (pair + chain) * 2 * STRIP);
+        for (int n = 0; n < N; ++n) {
+            const Pairs* pairs = reinterpret_cast<const Pairs*>(weight[n] + pair * 2 * STRIP);
             fetch_ahead(pairs);
             const Floats even = reinterpret_cast<Floats>(*pairs << 16);
             const Floats odd = reinterpret_cast<Floats>(*pairs & 0xffff0000u);
-#pragma GCC unroll 4
+#pragma GCC unroll 2
             for (int token = 0; token < T; ++token) {
-                sums[chain][token][0] += even * x[token].even[pair + chain];
-                sums[chain][token][1] += odd * x[token].odd[pair + chain];
+                sums[n][token][0] += even * x[token].even[pair];
+                sums[n][token][1] += odd * x[token].odd[pair];
             }
         }
     }
-    for (int token = 0; token < T; ++token) {
-        Floats total = sums[0][token][0] + sums[0][token][1];
-        for (int chain = 1; chain < CHAINS; ++chain) total += sums[chain][token][0] + sums[chain][token][1];
-        std::memcpy(out[token], &total, sizeof total);
-    }
-}
-
-inline void dot_tiles(const uint16_t* weight, int64_t size, const Vector* x, int64_t num_tokens, float (*out)[STRIP]) {
-    switch (num_tokens) {
-        case 1: return dot_tiles<1>(weight, size, x, out);
-        case 2: return dot_tiles<2>(weight, size, x, out);
-        case 3: return dot_tiles<3>(weight, size, x, out);
-        default: return dot_tiles<TOKENS>(weight, size, x, out);
-    }
+    for (int token = 0; token < T; ++token)
+        for (int n = 0; n < N; ++n) {
+            const Floats total = sums[n][token][0] + sums[n][token][1];
+            std::memcpy(out[token][n], &total, sizeof total);
+        }
 }
 
 // Sum over the groups of a row: scale * (numbers . x) + bias * (sum of x); `sums` holds the sums of x.
@@ -339,77 +338,110 @@ inline __m512 join(__m512i high, __m512i low) {
     return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
 }
 
-// `dot_groups` with products of bytes, of 8-bit weights with one scale a row.
-inline float dot_row(const Matrix& m, int64_t row, const Numbers& x) {
-    const uint8_t* weight = static_cast<const uint8_t*>(m.weight) + row * m.columns;
-    __m512 total = _mm512_setzero_ps();
+// `dot_groups` with products of bytes, of N rows of 8 bits with one scale each, `stride` apart.
+template <int N>
+inline void dot_row(const Matrix& m, int64_t first, int64_t stride, const Numbers& x, float* out) {
+    const uint8_t* weight = static_cast<const uint8_t*>(m.weight) + first * m.columns;
+    const int64_t apart = stride * m.columns;
+    __m512 total[N];
+    for (auto& one : total) one = _mm512_setzero_ps();
     for (int64_t block = 0, i = 0; i < m.columns; ++block) {
         const int64_t end = std::min(i + ROW_BLOCK, m.columns);
-        __m512i high = _mm512_setzero_si512(), low = high;
+        __m512i high[N], low[N];
+        for (int n = 0; n < N; ++n) high[n] = low[n] = _mm512_setzero_si512();
         for (; i < end; i += 64) {
-            const __m512i bytes = load_bytes(weight + i, m.columns - i);
-            fetch_ahead(weight + i);
-            high = _mm512_dpbusd_epi32(high, bytes, _mm512_loadu_si512(x.high.data() + i));
-            low = _mm512_dpbusd_epi32(low, bytes, _mm512_loadu_si512(x.low.data() + i));
+            const __m512i upper = _mm512_loadu_si512(x.high.data() + i), lower = _mm512_loadu_si512(x.low.data() + i);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) {
+                const uint8_t* from = weight + n * apart + i;
+                const __m512i bytes = load_bytes(from, m.columns - i);
+                fetch_ahead(from);
+                high[n] = _mm512_dpbusd_epi32(high[n], bytes, upper);
+                low[n] = _mm512_dpbusd_epi32(low[n], bytes, lower);
+            }
         }
-        total = _mm512_fmadd_ps(join(high, low), _mm512_set1_ps(x.scales[block]), total);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n)
+            total[n] = _mm512_fmadd_ps(join(high[n], low[n]), _mm512_set1_ps(x.scales[block]), total[n]);
     }
-    return load(m.scales, row, m.scale_bits) * _mm512_reduce_add_ps(total) +
-           load(m.biases, row, m.scale_bits) * x.total;
+    for (int n = 0; n < N; ++n) {
+        const int64_t row = first + n * stride;
+        out[n] = load(m.scales, row, m.scale_bits) * _mm512_reduce_add_ps(total[n]) +
+                 load(m.biases, row, m.scale_bits) * x.total;
+    }
 }
 
-// Products of 64 bytes of weights, and a vector's numbers from `at` on: a lane sums four neighbouring bytes, or pairs.
+// 64 bytes of a vector's numbers as they meet those of weights: pairs of the latter have even and odd members.
 template <int BITS>
-inline __m512 multiply_bytes(__m512i bytes, const Numbers& x, int64_t at) {
-    const int8_t *high = x.high.data() + at, *low = x.low.data() + at;
-    const __m512i zero = _mm512_setzero_si512(), nibble = _mm512_set1_epi8(15);
-    if constexpr (BITS == 8) {
-        return join(_mm512_dpbusd_epi32(zero, bytes, _mm512_loadu_si512(high)),
-                    _mm512_dpbusd_epi32(zero, bytes, _mm512_loadu_si512(low)));
-    } else {
-        const __m512i even = _mm512_and_si512(bytes, nibble);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
-        const __m512i upper = _mm512_dpbusd_epi32(zero, even, _mm512_loadu_si512(high));
-        const __m512i lower = _mm512_dpbusd_epi32(zero, even, _mm512_loadu_si512(low));
-        return join(_mm512_dpbusd_epi32(upper, odd, _mm512_loadu_si512(high + x.stride)),
-                    _mm512_dpbusd_epi32(lower, odd, _mm512_loadu_si512(low + x.stride)));
+struct Part {
+    Part(const Numbers& x, int64_t at) {
+        for (int odd = 0; odd < (BITS == 8 ? 1 : 2); ++odd) {
+            high[odd] = _mm512_loadu_si512(x.high.data() + at + odd * x.stride);
+            low[odd] = _mm512_loadu_si512(x.low.data() + at + odd * x.stride);
+        }
     }
-}
+
+    // Products with 64 bytes of weights: a lane sums four neighbouring bytes, or pairs.
+    __m512 times(__m512i bytes) const {
+        const __m512i zero = _mm512_setzero_si512();
+        if constexpr (BITS == 8) {
+            return join(_mm512_dpbusd_epi32(zero, bytes, high[0]), _mm512_dpbusd_epi32(zero, bytes, low[0]));
+        } else {
+            const __m512i nibble = _mm512_set1_epi8(15), even = _mm512_and_si512(bytes, nibble);
+            const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+            return join(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, even, high[0]), odd, high[1]),
+                        _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, even, low[0]), odd, low[1]));
+        }
+    }
+
+    __m512i high[2], low[2];
+};
 
 // The same of weights with a scale for each group; see `has_even_groups`.
-template <int BITS>
-inline float dot_numbers(const Matrix& m, int64_t row, const Numbers& x) {
+template <int BITS, int N>
+inline void dot_numbers(const Matrix& m, int64_t first, int64_t stride, const Numbers& x, float* out) {
     constexpr int64_t BLOCKS = 512 / BITS / BLOCK, STEPS = LANES / BLOCKS;  // in 64 bytes, which are a step
     const int64_t num_groups = m.columns / m.group, per_group = m.group / BLOCK, num_bytes = m.columns * BITS / 8;
-    const uint8_t* weight = static_cast<const uint8_t*>(m.weight) + row * num_bytes;
+    const uint8_t* weight = static_cast<const uint8_t*>(m.weight) + first * num_bytes;
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i group_of_block = _mm512_srli_epi32(lanes, static_cast<unsigned>(__builtin_ctzll(per_group)));
     const __m512i block_of_lane = _mm512_srli_epi32(lanes, BITS == 8 ? 3 : 2);
-    __m512 total = _mm512_setzero_ps();
+    __m512 total[N];
+    for (auto& one : total) one = _mm512_setzero_ps();
     for (int64_t block = 0; block * BLOCK < m.columns; block += LANES) {
         const int64_t group = block / per_group;
         const __mmask16 mask = first_lanes(num_groups - group);
-        const auto of_blocks = [&](const void* base) {
-            return _mm512_permutexvar_ps(group_of_block,
-                                         load_floats(base, row * num_groups + group, m.scale_bits, mask));
-        };
-        total = _mm512_fmadd_ps(of_blocks(m.biases), _mm512_loadu_ps(x.sums.data() + block), total);
-        const __m512 factors = _mm512_mul_ps(of_blocks(m.scales), _mm512_loadu_ps(x.scales.data() + block));
+        const __m512 sums = _mm512_loadu_ps(x.sums.data() + block), scales = _mm512_loadu_ps(x.scales.data() + block);
+        __m512 factors[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) {
+            const auto of_blocks = [&](const void* base) {
+                const int64_t at = (first + n * stride) * num_groups + group;
+                return _mm512_permutexvar_ps(group_of_block, load_floats(base, at, m.scale_bits, mask));
+            };
+            total[n] = _mm512_fmadd_ps(of_blocks(m.biases), sums, total[n]);
+            factors[n] = _mm512_mul_ps(of_blocks(m.scales), scales);
+        }
 #pragma GCC unroll 8
         for (int64_t step = 0; step < STEPS; ++step) {
             const int64_t at = (block + step * BLOCKS) * BLOCK * BITS / 8;
             if (at >= num_bytes) break;
-            const __m512i bytes = load_bytes(weight + at, num_bytes - at);
-            fetch_ahead(weight + at);
+            const Part<BITS> part(x, at);
             const __m512i which = _mm512_add_epi32(block_of_lane, _mm512_set1_epi32(static_cast<int>(step * BLOCKS)));
-            total = _mm512_fmadd_ps(multiply_bytes<BITS>(bytes, x, at), _mm512_permutexvar_ps(which, factors), total);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; ++n) {
+                const uint8_t* from = weight + n * stride * num_bytes + at;
+                const __m512i bytes = load_bytes(from, num_bytes - at);
+                fetch_ahead(from);
+                total[n] = _mm512_fmadd_ps(part.times(bytes), _mm512_permutexvar_ps(which, factors[n]), total[n]);
+            }
         }
     }
-    return _mm512_reduce_add_ps(total);
+    for (int n = 0; n < N; ++n) out[n] = _mm512_reduce_add_ps(total[n]);
 }
 #endif
 
-inline float dot(const Matrix& m, int64_t row, const Vector& x, const float* sums) {
+inline float dot_one(const Matrix& m, int64_t row, const Vector& x, const float* sums) {
     switch (m.bits) {
         case 32: return dot_float(static_cast<const float*>(m.weight) + row * m.columns, x.plain.data(), m.columns);
         case 8: return dot_groups<8>(m, row, x, sums);
