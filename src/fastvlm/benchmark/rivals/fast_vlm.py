@@ -35,7 +35,7 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(options.folder, dtype=dtype).to(device).eval()
     load_ms = loading.lap()
     marks: list[Any] = []  # the clock of the run that is measured, and what it read around the encoder
-    features: list[Any] = []  # of that run
+    features: list[Any] = []  # of that run, of each picture: transformers 5.17 has a list of them, 5.23 a tensor
     encode = model.model.get_image_features
 
     def timed_encode(*args: Any, **settings: Any) -> Any:
@@ -44,7 +44,7 @@ def main() -> None:
         marks.append(marks[0].lap())
         found = encode(*args, **settings)
         marks.append(marks[0].lap())
-        features[:] = [found.pooler_output.flatten(0, 1)]
+        features[:] = found.pooler_output
         return found
 
     model.model.get_image_features = timed_encode
@@ -67,7 +67,7 @@ def main() -> None:
             result |= {"vision": marks[1] + marks[2], "prefill": rest}
             marks.clear()
         if request.get("outputs"):
-            found = {"logits": logits, "features": features[0]}
+            found = {"logits": logits, "features": torch.cat(features)}
             save_file({name: value.float().cpu().contiguous() for name, value in found.items()}, request["outputs"])
         features.clear()
         token_ids = [first]
