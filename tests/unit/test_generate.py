@@ -13,6 +13,7 @@ from fastvlm.generate import (
     embed_rows,
     forbidden,
     generate,
+    likeliest,
     limit,
     make_cache,
     prefill,
@@ -285,3 +286,21 @@ def test_penalties_follow_their_formulas():
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(InputError):
         GenerationOptions(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(301,), (1, 1), (3, 1000), (2, 3, 50)])
+def test_the_likeliest_token_is_the_first_of_the_largest(shape, dtype):
+    logits = torch.randn(shape).to(dtype)  # of bfloat16 some are equal
+
+    found = likeliest(logits)
+
+    assert found.shape == shape[:-1]
+    assert torch.equal(found, (logits == logits.amax(-1, keepdim=True)).int().argmax(-1))
+
+
+def test_a_logit_that_is_no_number_is_chosen_as_pytorch_does():
+    logits = torch.tensor([[1.0, torch.nan, torch.inf, torch.nan], [-torch.inf, -torch.inf, -2.0, -2.0]])
+
+    assert likeliest(logits).tolist() == [1, 2]
+    assert torch.equal(likeliest(logits), logits.argmax(-1))

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvlm.benchmark.rivals.lines import Laps, open_channel, serve
-from fastvlm.device import flush_denormals, peak_bytes_on, peak_memory_bytes, synchronize
-from fastvlm.generate import decode_step, embed_rows, generate, make_cache, prefill, prefill_in_chunks
+from fastvlm.device import flush_denormals, keep_freed_memory, peak_bytes_on, peak_memory_bytes, synchronize
+from fastvlm.generate import decode_step, embed_rows, generate, likeliest, make_cache, prefill, prefill_in_chunks
 from fastvlm.model.gpu_vision import GraphedVision
 from fastvlm.model.vision import FastViTHD
 from fastvlm.options import GenerationOptions, ImageOptions, LoadOptions
@@ -77,7 +77,7 @@ class Subject:
         if request["laps"]:
             synchronize(self.device)
             read = laps.lap()
-        chosen = logits.argmax(-1, keepdim=True)
+        chosen = likeliest(logits)[:, None]
         token_ids = [chosen[:, 0].tolist()]
         rest = laps.lap()
         if request["laps"]:
@@ -88,7 +88,7 @@ class Subject:
             save_file({name: value.float().cpu().contiguous() for name, value in found.items()}, request["outputs"])
         laps.lap()
         for _ in range(request["tokens"]):
-            chosen = decode_step(self.model, chosen, cache).argmax(-1, keepdim=True)
+            chosen = likeliest(decode_step(self.model, chosen, cache))[:, None]
             token_ids.append(chosen[:, 0].tolist())
         decode = laps.lap()
         if request["tokens"]:
@@ -145,7 +145,7 @@ class Subject:
         laps = self.start()
         embeds = embed_rows(self.model, self.tokenizer, prompts, None)
         cache = make_cache(self.model, len(prompts), request["length"] + 1)
-        prefill_in_chunks(self.model, embeds, cache).argmax(-1).tolist()
+        likeliest(prefill_in_chunks(self.model, embeds, cache)).tolist()
         return {"prefill": laps.lap()}
 
     @torch.inference_mode()
@@ -154,10 +154,10 @@ class Subject:
         prompts = [[10 + (row + at) % 200 for at in range(request["length"])] for row in range(request["rows"])]
         embeds = embed_rows(self.model, self.tokenizer, prompts, None)
         cache = make_cache(self.model, len(prompts), request["length"] + request["tokens"] + 1)
-        chosen = prefill(self.model, embeds, [request["length"]] * len(prompts), cache).argmax(-1, keepdim=True)
+        chosen = likeliest(prefill(self.model, embeds, [request["length"]] * len(prompts), cache))[:, None]
         laps = self.start()
         for _ in range(request["tokens"]):
-            chosen = decode_step(self.model, chosen, cache).argmax(-1, keepdim=True)
+            chosen = likeliest(decode_step(self.model, chosen, cache))[:, None]
             chosen.tolist()
         return {"decode": laps.lap()}
 
@@ -201,7 +201,8 @@ def main() -> None:
             "stride": subject.predictor.config.vision.stride,
             "versions": {name: version(name) for name in ("torch", "fastvlm")},
         }
-        serve(channel, hello, subject.handlers)
+        with keep_freed_memory(subject.device):  # as the command line does
+            serve(channel, hello, subject.handlers)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from fastvlm.chat import Conversation, Surroundings
 from fastvlm.cli.output import Output
 from fastvlm.cli.predict import INTRODUCTION, load_model, speed
 from fastvlm.cli.sources import STDIN, read_image
+from fastvlm.device import keep_freed_memory
 from fastvlm.errors import InputError
 from fastvlm.image import read
 from fastvlm.options import ChatOptions
@@ -62,7 +63,8 @@ def run(options: ChatOptions, output: Output) -> None:
         output.note(INTRODUCTION)
     if not is_quiet:
         output.note("fastvlm: write a question; /image PATH adds a picture, /help shows more, Ctrl-D ends")
-    conversation.run(_typed(output) if is_interactive else _piped())
+    with keep_freed_memory(predictor.placement.device):
+        conversation.run(_typed(output) if is_interactive else _piped())
 
 
 def _typed(output: Output) -> Iterator[str]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 from fastvlm.cli.output import Output
 from fastvlm.cli.sources import read_image
+from fastvlm.device import keep_freed_memory
 from fastvlm.errors import InputError
 from fastvlm.image import read_frames
 from fastvlm.options import ImageOptions, LoadOptions, PredictOptions
@@ -32,6 +33,11 @@ def run(options: PredictOptions, output: Output) -> None:
     _check_text(options)
     sources = _read_sources(options)
     predictor = load_model(options.loading, is_quiet=options.quiet or options.json)
+    with keep_freed_memory(predictor.placement.device):
+        _answer(predictor, sources, options, output)
+
+
+def _answer(predictor: Predictor, sources: _Sources, options: PredictOptions, output: Output) -> None:
     stream = predictor.stream(
         DEFAULT_PROMPT if options.prompt is None else options.prompt,
         sources.images,
