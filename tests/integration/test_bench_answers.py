@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -275,6 +277,26 @@ def test_the_commands_measure_and_say_how_to_repeat_it(tmp_path, capsys, monkeyp
     for name in found:
         marks = f"<!-- {name}: from benchmarks/results; make numbers --><!-- /{name} -->"
         assert "hf_tiny" in tables.rewrite(marks, tmp_path)
+
+
+@pytest.mark.slow
+def test_peers_that_is_ended_leaves_the_rounds_that_it_finished(tmp_path):
+    kept = tmp_path / "kept.json"
+    args = ["--model", str(TINY), "--image-size", "64", "--rounds", "1000", "--tokens", "1", "--threads", "1"]
+    command = [sys.executable, "-m", "fastvlm", "bench", "peers", *args, "--device", "cpu", "--output", str(kept)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        deadline = time.monotonic() + 120
+        while not kept.is_file() and program.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        program.terminate()
+        output, errors = program.communicate(timeout=60)
+
+    assert program.returncode == 143, errors
+    assert not output
+    results = json.loads(kept.read_text())
+    rounds = results["settings"]["rounds"]
+    assert 1 <= rounds < 1000
+    assert len(results["results"]["fastvlm default"]["decode_ms"]["values"]) == rounds
 
 
 @pytest.mark.oracle

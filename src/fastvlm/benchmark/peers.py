@@ -59,7 +59,7 @@ class Program:
 
 
 def run(options: BenchPeersOptions, *, command: Sequence[str], report: Callable[[str], None]) -> dict[str, Any]:
-    """Measure; return what was found, and write it where the options say.
+    """Measure; return what was found, and write it where the options say, anew behind each round.
 
     Args:
         options: What to measure.
@@ -76,8 +76,8 @@ def run(options: BenchPeersOptions, *, command: Sequence[str], report: Callable[
         check_interpreter(options.rival_python, TRANSFORMERS)
     for route in options.route:
         check_here(_loading(route, options, placement))
-    with tempfile.TemporaryDirectory(prefix="fastvlm-bench-") as name, ExitStack() as stack:
-        scratch = Path(name)
+    with tempfile.TemporaryDirectory(prefix="fastvlm-bench-") as own, ExitStack() as stack:
+        scratch = Path(own)
         folder = folder_of(options.model, scratch)
         programs, missing = _programs(options, folder, placement, threads)
         runners = []
@@ -103,8 +103,38 @@ def run(options: BenchPeersOptions, *, command: Sequence[str], report: Callable[
             return row
 
         llava = _llava(options, placement, threads, stack)
+        whole = costs.whole(load_checkpoint(folder).model.config, image_size=side, text_tokens=len(BEFORE + AFTER))
+        flops = {"vision": whole["vision"].flops, "prefill": whole["prefill"].flops}
+        told = facts(_without_paths(command, options), placement.device)
         found: dict[str, list[dict[str, Any]]] = {runner.name: [] for runner in runners}
         crops: list[dict[str, Any]] = []
+
+        def results_of(rounds: int) -> dict[str, Any]:
+            summarised = {
+                runner.name: _summary(runner, found[runner.name], agreement[runner.name]) for runner in runners
+            }
+            theirs = {} if llava is None else _summarise_llava(llava, crops, rival_dtype(placement))
+            return {
+                **told,
+                "threads": threads,
+                "load_average": {"before": before, "after": load_average()},
+                "settings": {
+                    "model": label(options.model),
+                    "device": hello["hardware"],
+                    "image_size": side,
+                    "prompt_tokens": length,
+                    "tokens": options.tokens,
+                    "rounds": rounds,
+                    "denormals": "taken as zero",
+                },
+                "results": summarised,
+                "not_measured": missing,
+                "gflop": {part: number / 1e9 for part, number in flops.items()},
+                **({"llava_onevision": theirs} if theirs else {}),
+                "ratios": ratios(summarised, theirs or None, sum(flops.values())),
+            }
+
+        name = stem("peers", label(options.model), image_size=options.image_size)
         if llava is not None:
             _ask_llava(llava, is_cpu=is_cpu, crops=1)  # reads every weight once, and is not counted
         for number in range(options.rounds):
@@ -114,35 +144,9 @@ def run(options: BenchPeersOptions, *, command: Sequence[str], report: Callable[
             if llava is not None and number < options.llava_rounds:
                 crops.append(_ask_llava(llava, is_cpu=is_cpu))
                 report(f"{llava.name}: ttft {crops[-1]['ttft_pixels']:.0f} ms")
-        summarised = {
-            program.name: _summary(runner, found[program.name], agreement[program.name])
-            for program, runner in zip(programs, runners, strict=True)
-        }
-        whole = costs.whole(load_checkpoint(folder).model.config, image_size=side, text_tokens=len(BEFORE + AFTER))
-        flops = whole["vision"].flops + whole["prefill"].flops
-        found_llava = None if llava is None else _summarise_llava(llava, crops, rival_dtype(placement))
-    results: dict[str, Any] = {
-        **facts(_without_paths(command, options), placement.device),
-        "threads": threads,
-        "load_average": {"before": before, "after": load_average()},
-        "settings": {
-            "model": label(options.model),
-            "device": hello["hardware"],
-            "image_size": side,
-            "prompt_tokens": length,
-            "tokens": options.tokens,
-            "rounds": options.rounds,
-            "denormals": "taken as zero",
-        },
-        "results": summarised,
-        "not_measured": missing,
-        "gflop": {"vision": whole["vision"].flops / 1e9, "prefill": whole["prefill"].flops / 1e9},
-    }
-    if found_llava is not None:
-        results["llava_onevision"] = found_llava
-    results["ratios"] = ratios(summarised, found_llava, flops)
-    name = stem("peers", label(options.model), image_size=options.image_size)
-    if path := keep(results, options.output, name):
+            results = results_of(number + 1)
+            path = keep(results, options.output, name)  # a run that is cut short leaves the rounds that it finished
+    if path is not None:
         report(f"written to {path}")
     return results
 
