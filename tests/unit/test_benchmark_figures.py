@@ -10,7 +10,7 @@ from PIL import Image
 from fastvlm.benchmark import ceilings, plot
 from fastvlm.benchmark.drawing import Drawing
 from fastvlm.benchmark.published import ENCODERS, FASTVITHD
-from fastvlm.benchmark.record import keep, processor
+from fastvlm.benchmark.record import facts, keep, processor
 from fastvlm.benchmark.spread import slope, summaries, summary
 from fastvlm.errors import InputError
 from fastvlm.options import BenchPlotOptions
@@ -148,3 +148,20 @@ def test_results_that_cannot_be_drawn_are_one_line(content, words, tmp_path):
 
     with pytest.raises(InputError, match=words):
         plot.run(BenchPlotOptions(results=str(path), out=str(tmp_path / "plot")))
+
+
+def test_a_record_names_no_folder_of_this_machine(tmp_path):
+    command = [
+        "fastvlm",
+        "bench",
+        "latency",
+        "--model",
+        str(tmp_path / "my model"),
+        f"--output={tmp_path}/out",
+        "--rounds",
+        "3",
+    ]
+
+    found = facts(command, torch.device("cpu"))["command"]
+
+    assert found == "fastvlm bench latency --model 'my model' --output=out --rounds 3"

@@ -19,15 +19,22 @@ _PACKAGES: Final = ("fastvlm", "torch", "numpy", "pillow", "tokenizers", "safete
 
 
 def facts(command: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """Say what was run, of which code, on what."""
+    """Say what was run, of which code, on what; of this machine's absolute paths only the names."""
+    words = [without_folders(word) for word in command]
     return {
-        "command": " ".join(f"'{word}'" if " " in word else word for word in command),
+        "command": " ".join(f"'{word}'" if " " in word else word for word in words),
         "commit": commit(),
         "machine": describe(device),
         "processor": processor(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": versions(),
     }
+
+
+def without_folders(word: str) -> str:
+    """Shorten an absolute path of a command, alone or as `--flag=PATH`, to its name."""
+    flag, mark, value = word.rpartition("=")
+    return f"{flag}{mark}{Path(value).name or value}" if Path(value).is_absolute() else word
 
 
 def route_of(loading: object) -> str:
