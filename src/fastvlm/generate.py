@@ -149,11 +149,12 @@ class Sampler:
 def likeliest(logits: Tensor) -> Tensor:
     """Return where `(..., V)` logits are largest, `(...)`: the first of equal ones, or what is not a number.
 
-    On the CPU NumPy looks, with vectors: 151,936 floats in 11 microseconds, PyTorch in 260, of bfloat16 in 620.
+    On the CPU NumPy looks, with vectors: 151,936 floats in 11 to 15 microseconds, of bfloat16 in 48; PyTorch takes 260
+    and 620.
     """
     if logits.device.type != "cpu":
         return logits.argmax(-1)
-    return torch.as_tensor(logits.detach().float().numpy().argmax(-1))
+    return torch.as_tensor(logits.float().numpy().argmax(-1))
 
 
 def sample(logits: Tensor, options: GenerationOptions, generator: torch.Generator | None = None) -> Tensor:

@@ -285,17 +285,21 @@ def test_peers_that_is_ended_leaves_the_rounds_that_it_finished(tmp_path):
     args = ["--model", str(TINY), "--image-size", "64", "--rounds", "1000", "--tokens", "1", "--threads", "1"]
     command = [sys.executable, "-m", "fastvlm", "bench", "peers", *args, "--device", "cpu", "--output", str(kept)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
-        deadline = time.monotonic() + 120
-        while not kept.is_file() and program.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        program.terminate()
-        output, errors = program.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 120
+            while not kept.is_file() and program.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            program.terminate()
+            output, errors = program.communicate(timeout=60)
+        finally:
+            program.kill()
 
     assert program.returncode == 143, errors
     assert not output
     results = json.loads(kept.read_text())
     rounds = results["settings"]["rounds"]
     assert 1 <= rounds < 1000
+    assert results["settings"]["rounds_asked"] == 1000
     assert len(results["results"]["fastvlm default"]["decode_ms"]["values"]) == rounds
 
 

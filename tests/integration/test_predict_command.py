@@ -1,5 +1,6 @@
 """`fastvlm predict` on a tiny model: files, addresses, standard input, films; text and JSON."""
 
+import contextlib
 import http.server
 import io
 import json
@@ -13,6 +14,8 @@ from PIL import Image
 
 import fastvlm
 from fastvlm import cli
+from fastvlm.cli.output import Output
+from fastvlm.device import keep_freed_memory
 
 ROOT = Path(__file__).parents[2]
 FIELDS = [
@@ -278,3 +281,31 @@ def test_the_checkpoint_is_left_as_it_was(predict, tmp_path, tiny, photo):
     predict("--image", photo, model=folder)
 
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["predict", "chat"])
+def test_freed_memory_is_kept_while_it_answers(command, tiny, monkeypatch, capsys):
+    happened = []
+
+    @contextlib.contextmanager
+    def keep(device):
+        happened.append(f"keep on {device}")
+        with keep_freed_memory(device):
+            yield
+        happened.append("return")
+
+    unchanged = Output.write
+
+    def write(self, text):
+        happened.append("answer")
+        unchanged(self, text)
+
+    monkeypatch.setattr(Output, "write", write)
+    monkeypatch.setattr(f"fastvlm.cli.{command}.keep_freed_memory", keep)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is it?\n")))
+    question = ["--prompt", "What is it?"] if command == "predict" else []
+
+    status = cli.main([command, "--model", str(tiny), "--device", "cpu", "--max-new-tokens", "3", *question])
+
+    assert status == 0, capsys.readouterr().err
+    assert (happened[0], set(happened[1:-1]), happened[-1]) == ("keep on cpu", {"answer"}, "return")

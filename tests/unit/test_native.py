@@ -250,10 +250,10 @@ def test_few_tokens_are_multiplied_as_bytes(kernels, packing, shape, scale_dtype
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("num_outputs", [64, 309, 592])
 @pytest.mark.parametrize(
-    "packing", ["tiles", "rows", "float32", Packing(8, ROW), Packing(8, 32), Packing(4, 32)], ids=str
+    "packing", ["tiles", "rows", "float32", Packing(8, ROW), Packing(8, 32), Packing(4, 32), Packing(4, 48)], ids=str
 )
 def test_every_row_of_a_matrix_is_multiplied_once(kernels, packing, num_outputs, num_tokens, num_threads):
     """However a thread divides its rows into streams and what is left over."""

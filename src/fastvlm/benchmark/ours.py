@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvlm.benchmark.rivals.lines import Laps, open_channel, serve
-from fastvlm.device import flush_denormals, keep_freed_memory, peak_bytes_on, peak_memory_bytes, synchronize
+from fastvlm.device import flush_denormals, peak_bytes_on, peak_memory_bytes, synchronize
 from fastvlm.generate import decode_step, embed_rows, generate, likeliest, make_cache, prefill, prefill_in_chunks
 from fastvlm.model.gpu_vision import GraphedVision
 from fastvlm.model.vision import FastViTHD
@@ -201,8 +201,7 @@ def main() -> None:
             "stride": subject.predictor.config.vision.stride,
             "versions": {name: version(name) for name in ("torch", "fastvlm")},
         }
-        with keep_freed_memory(subject.device):  # as the command line does
-            serve(channel, hello, subject.handlers)
+        serve(channel, hello, subject.handlers)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def run(options: BenchPeersOptions, *, command: Sequence[str], report: Callable[
                     "prompt_tokens": length,
                     "tokens": options.tokens,
                     "rounds": rounds,
+                    "rounds_asked": options.rounds,
                     "denormals": "taken as zero",
                 },
                 "results": summarised,

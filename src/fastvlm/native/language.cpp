@@ -124,7 +124,10 @@ public:
         products.resize(inputs.size() * STREAMS * STRIP);
         const int64_t num_strips = (m.rows + STRIP - 1) / STRIP;
         const int64_t begin = num_strips * index / pool.size, end = num_strips * (index + 1) / pool.size;
-        const int64_t length = std::max<int64_t>(std::min(end, m.rows / STRIP) - begin, 0) / STREAMS;  // of a stream
+        // with more tokens than a row meets at once, few rows are taken together, so that they stay in the cache
+        const bool is_far = static_cast<int64_t>(inputs.size()) <= (m.is_tiled ? TOKENS / 2 : TOKENS);
+        const int64_t num_whole = std::max<int64_t>(std::min(end, m.rows / STRIP) - begin, 0);
+        const int64_t length = is_far ? num_whole / STREAMS : 0;  // of a stream
         for (int64_t strip = begin; strip < begin + length; ++strip) {
             dot_strips<STREAMS>(m, strip * STRIP, length * STRIP, STRIP, inputs);
             for (int64_t stream = 0; stream < STREAMS; ++stream)
@@ -162,50 +165,53 @@ private:
             }
     }
 
-    // Products of the rows of N strips, `stride` rows apart, and each token.
+    // Products of N strips of `num_rows` rows, `stride` rows apart, and each token, to `products`.
     template <int N>
     void dot_strips(const Matrix& m, int64_t first, int64_t stride, int64_t num_rows,
                     const std::vector<Vector>& inputs) {
-        if (m.is_tiled) return dot_tiled<N>(m, first, stride, inputs);
-        int64_t n = 0;
-        if constexpr (N == 1) {
-            for (; n + STREAMS <= num_rows; n += STREAMS) dot_rows<STREAMS>(m, first + n, 1, inputs, n, 1);
-        }
-        for (; n < num_rows; ++n) dot_rows<N>(m, first + n, stride, inputs, n, STRIP);
-    }
-
-    template <int N>
-    void dot_tiled(const Matrix& m, int64_t first, int64_t stride, const std::vector<Vector>& inputs) {
-        float sums[2][N][STRIP];
-        for (size_t token = 0; token < inputs.size(); token += 2) {
-            const size_t count = std::min<size_t>(2, inputs.size() - token);
-            (count == 1 ? dot_tiles<N, 1> : dot_tiles<N, 2>)(m, first, stride, inputs.data() + token, sums);
-            for (size_t t = 0; t < count; ++t)
-                std::copy_n(sums[t][0], N * STRIP, products.data() + (token + t) * STREAMS * STRIP);
-        }
-    }
-
-    // Products of N rows, `stride` apart, and each token, whose places are from `at` on, `step` apart.
-    template <int N>
-    void dot_rows(const Matrix& m, int64_t first, int64_t stride, const std::vector<Vector>& inputs, int64_t at,
-                  int64_t step) {
         const int64_t num_tokens = inputs.size();
-        const auto put = [&](int64_t token, const float* sums) {
-            for (int n = 0; n < N; ++n) products[token * STREAMS * STRIP + at + n * step] = sums[n];
-        };
+        for (int64_t token = 0; token < num_tokens; token += TOKENS) {
+            const int64_t count = std::min(TOKENS, num_tokens - token);
+            if (m.is_tiled) {
+                dot_tiled<N>(m, first, stride, inputs, token, count);
+                continue;
+            }
+            int64_t n = 0;
+            if constexpr (N == 1) {  // neighbours
+                for (; n + STREAMS <= num_rows; n += STREAMS)
+                    dot_rows<STREAMS>(m, first + n, 1, inputs, token, count, n, 1);
+            }
+            for (; n < num_rows; ++n) dot_rows<N>(m, first + n, stride, inputs, token, count, n, STRIP);
+        }
+    }
+
+    template <int N>
+    void dot_tiled(const Matrix& m, int64_t first, int64_t stride, const std::vector<Vector>& inputs, int64_t token,
+                   int64_t count) {
+        float sums[TOKENS][N][STRIP];
+        const Vector* x = inputs.data() + token;
+        switch (count) {
+            case 1: dot_tiles<N, 1>(m, first, stride, x, sums); break;
+            case 2: dot_tiles<N, 2>(m, first, stride, x, sums); break;
+            default:
+                if constexpr (N == 1) (count == 3 ? dot_tiles<1, 3> : dot_tiles<1, TOKENS>)(m, first, stride, x, sums);
+        }
+        for (int64_t t = 0; t < count; ++t)
+            std::copy_n(sums[t][0], N * STRIP, products.data() + (token + t) * STREAMS * STRIP);
+    }
+
+    // Products of N rows, `stride` apart, and `count` tokens, whose places are from `at` on, `step` apart.
+    template <int N>
+    void dot_rows(const Matrix& m, int64_t first, int64_t stride, const std::vector<Vector>& inputs, int64_t token,
+                  int64_t count, int64_t at, int64_t step) {
         float sums[TOKENS][N];
         if (m.bits == 16) {
-            for (int64_t token = 0; token < num_tokens; token += TOKENS) {
-                const int64_t count = std::min(TOKENS, num_tokens - token);
-                dot_bfloat16<N>(m, first, stride, inputs.data() + token, count, sums);
-                for (int64_t t = 0; t < count; ++t) put(token + t, sums[t]);
-            }
-            return;
+            dot_bfloat16<N>(m, first, stride, inputs.data() + token, count, sums);
+        } else {
+            for (int64_t t = 0; t < count; ++t) dot<N>(m, first, stride, inputs[token + t], token + t, sums[t]);
         }
-        for (int64_t token = 0; token < num_tokens; ++token) {
-            dot<N>(m, first, stride, inputs[token], token, sums[0]);
-            put(token, sums[0]);
-        }
+        for (int64_t t = 0; t < count; ++t)
+            for (int n = 0; n < N; ++n) products[(token + t) * STREAMS * STRIP + at + n * step] = sums[t][n];
     }
 
     template <int N>

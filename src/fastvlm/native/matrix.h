@@ -138,19 +138,22 @@ float dot_float(const float* weight, const float* x, int64_t size) {
 }
 
 constexpr int64_t STRIP = 16;  // rows of a matrix whose products are taken together
-constexpr int64_t TOKENS = 4;  // that are multiplied with a row while it is in registers
+constexpr int64_t TOKENS = 4;  // that are multiplied with a row, or a strip in tiles, while it is in registers
 
-// Rows that are read together, each from a part of memory of its own: a core fetches ahead within a page, so one stream
-// alone waits at every page's end.
+// Rows that are read together, each from a part of memory of its own unless they are left over: a core fetches ahead
+// within a page, so one stream alone waits at every page's end.
 #if defined(__AVX512F__)
 constexpr int64_t STREAMS = 4;  // their sums stay in registers
 #else
 constexpr int64_t STREAMS = 1;
 #endif
 
-// N rows of bfloat16, `stride` apart, times several vectors; each sum is the same beside any others.
+// So that a sum is the same to the last bit wherever it is asked for and beside whatever others.
+#define NOT_INLINED __attribute__((noinline))
+
+// N rows of bfloat16, `stride` apart, times several vectors.
 template <int N, int T>
-void dot_bfloat16(const Matrix& m, int64_t first, int64_t stride, const Vector* x, float (*out)[N]) {
+NOT_INLINED void dot_bfloat16(const Matrix& m, int64_t first, int64_t stride, const Vector* x, float (*out)[N]) {
     const int64_t size = m.columns;
     const uint16_t* weight[N];
     for (int row = 0; row < N; ++row)
@@ -201,7 +204,7 @@ void dot_bfloat16(const Matrix& m, int64_t first, int64_t stride, const Vector* 
 
 // The same of N strips that lie in tiles, `stride` rows apart.
 template <int N, int T>
-void dot_tiles(const Matrix& m, int64_t first, int64_t stride, const Vector* x, float (*out)[N][STRIP]) {
+NOT_INLINED void dot_tiles(const Matrix& m, int64_t first, int64_t stride, const Vector* x, float (*out)[N][STRIP]) {
     const uint16_t* weight[N];
     for (int n = 0; n < N; ++n) weight[n] = static_cast<const uint16_t*>(m.weight) + (first + n * stride) * m.columns;
     Floats sums[N][T][2] = {};
@@ -340,7 +343,7 @@ inline __m512 join(__m512i high, __m512i low) {
 
 // `dot_groups` with products of bytes, of N rows of 8 bits with one scale each, `stride` apart.
 template <int N>
-inline void dot_row(const Matrix& m, int64_t first, int64_t stride, const Numbers& x, float* out) {
+NOT_INLINED void dot_row(const Matrix& m, int64_t first, int64_t stride, const Numbers& x, float* out) {
     const uint8_t* weight = static_cast<const uint8_t*>(m.weight) + first * m.columns;
     const int64_t apart = stride * m.columns;
     __m512 total[N];
@@ -399,7 +402,7 @@ struct Part {
 
 // The same of weights with a scale for each group; see `has_even_groups`.
 template <int BITS, int N>
-inline void dot_numbers(const Matrix& m, int64_t first, int64_t stride, const Numbers& x, float* out) {
+NOT_INLINED void dot_numbers(const Matrix& m, int64_t first, int64_t stride, const Numbers& x, float* out) {
     constexpr int64_t BLOCKS = 512 / BITS / BLOCK, STEPS = LANES / BLOCKS;  // in 64 bytes, which are a step
     const int64_t num_groups = m.columns / m.group, per_group = m.group / BLOCK, num_bytes = m.columns * BITS / 8;
     const uint8_t* weight = static_cast<const uint8_t*>(m.weight) + first * num_bytes;
@@ -441,7 +444,8 @@ inline void dot_numbers(const Matrix& m, int64_t first, int64_t stride, const Nu
 }
 #endif
 
-inline float dot_one(const Matrix& m, int64_t row, const Vector& x, const float* sums) {
+// A row of any format but bfloat16.
+NOT_INLINED float dot_one(const Matrix& m, int64_t row, const Vector& x, const float* sums) {
     switch (m.bits) {
         case 32: return dot_float(static_cast<const float*>(m.weight) + row * m.columns, x.plain.data(), m.columns);
         case 8: return dot_groups<8>(m, row, x, sums);
