@@ -59,7 +59,7 @@ bench: $(READY)
 	$(BENCH) latency --model 0.5b --rounds 3 $(KEEP)
 	$(BENCH) throughput --model 0.5b --rounds 1 $(KEEP)
 ifneq ($(RIVAL_PYTHON),)
-	$(BENCH) peers --rival-python $(RIVAL_PYTHON) --rounds 3 --llava-rounds 1 $(KEEP)
+	$(BENCH) peers --rival-python $(RIVAL_PYTHON) --rival-compile --rounds 3 --llava-rounds 1 $(KEEP)
 	$(BENCH) paper --rival-python $(RIVAL_PYTHON) --rounds 2 $(KEEP)
 	$(BENCH) plot "$$(ls -t benchmarks/results/paper-*.json | head -n 1)" --out docs/accuracy-against-ttft
 endif

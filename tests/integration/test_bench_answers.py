@@ -211,12 +211,18 @@ def test_openvino_and_llava_compute_in_our_format(dtype):
 
 
 @pytest.mark.parametrize(
-    "names", [["transformers float32"], ["transformers bfloat16", "transformers float32"]], ids=str
+    "names",
+    [
+        ["transformers float32"],
+        ["transformers bfloat16", "transformers float32"],
+        ["transformers float32", "transformers float32, encoder by inductor"],
+    ],
+    ids=str,
 )
-def test_each_format_of_transformers_that_was_run_is_compared_with(names):
+def test_each_way_of_transformers_that_was_run_is_compared_with(names):
     times = {part: {"median": 10.0} for part in ("vision_ms", "prefill_ms", "ttft_pixels_ms", "decode_ms")}
 
-    found = peers.ratios(dict.fromkeys(["fastvlm default", *names], times), None, flops=1)
+    found = peers.ratios(dict.fromkeys(["fastvlm default", *names, "OpenVINO float32"], times), None, flops=1)
 
     assert list(found["fastvlm default"]) == names
 
@@ -305,7 +311,7 @@ def test_peers_that_is_ended_leaves_the_rounds_that_it_finished(tmp_path):
 
 @pytest.mark.oracle
 @pytest.mark.skipif(not RIVAL, reason="FASTVLM_ORACLE_PYTHON names no interpreter with transformers")
-def test_transformers_gives_the_same_logits_and_tokens():
+def test_transformers_gives_the_same_logits_and_tokens_compiled_or_not():
     options = BenchPeersOptions(
         model=str(TINY),
         device="cpu",
@@ -314,12 +320,15 @@ def test_transformers_gives_the_same_logits_and_tokens():
         rounds=1,
         tokens=2,
         rival_python=RIVAL,
+        rival_compile=True,
         llava_rounds=0,
         threads=1,
     )
 
     results = peers.run(options, command=["x"], report=lambda _: None)
 
+    compiled = results["results"]["transformers float32, encoder by inductor"]
+    assert 0 < compiled["features_relative_error"] < 1e-4, "as exact as eager, but not the same kernels"
     ours = results["results"]["fastvlm default"]
     assert ours["compared_with"] == "transformers float32"
     assert ours["relative_error"] < 1e-4
@@ -359,6 +368,7 @@ def load_tables():
         (BenchThroughputOptions, {"rows": (0,)}),
         (BenchThroughputOptions, {"tokens": 0}),
         (BenchPeersOptions, {"llava_rounds": -1}),
+        (BenchPeersOptions, {"rival_compile": True}),
         (BenchPeersOptions, {"route": ("fast",)}),
         (BenchRooflineOptions, {"seconds": 0}),
         (BenchPaperOptions, {"rival_python": "python", "largest": 0}),

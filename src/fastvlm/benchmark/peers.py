@@ -44,7 +44,7 @@ RIVALS: Final = Path(__file__).with_name("rivals")
 TOLERANCES: Final = {"float32": 2e-3, "bfloat16": 0.1, "float16": 0.1, "quantised": 0.6}
 """Largest relative error of the logits, by the format of arithmetic or weights."""
 CROPS: Final = 10
-BASES, LLAVA = ("transformers bfloat16", "transformers float32"), "LLaVA-OneVision-0.5B"
+LLAVA: Final = "LLaVA-OneVision-0.5B"
 _PARTS: Final = ("vision", "prefill", "ttft_pixels", "decode")
 
 
@@ -162,10 +162,14 @@ def _programs(
     if rival is None:
         missing["transformers"] = "no --rival-python was given"
     else:
-        for dtype in options.rival_dtype:
+        ways = [(f"transformers {dtype}", dtype, []) for dtype in options.rival_dtype]
+        if options.rival_compile:
+            dtype = rival_dtype(placement)
+            ways.append((f"transformers {dtype}, encoder by inductor", dtype, ["--compile"]))
+        for name, dtype, rest in ways:
             line = [rival, str(RIVALS / "fast_vlm.py"), str(folder), "--dtype", dtype]
-            line += ["--device", str(placement.device)]
-            programs.append(_other(f"transformers {dtype}", dtype, line, threads))
+            line += ["--device", str(placement.device), *rest]
+            programs.append(_other(name, dtype, line, threads))
     for name, given, module in (
         ("OpenVINO", options.openvino, "openvino"),
         ("ONNX Runtime", options.onnx, "onnxruntime"),
@@ -350,7 +354,7 @@ def ratios(rows: dict[str, dict[str, Any]], llava: dict[str, Any] | None, flops:
         if not name.startswith("fastvlm "):
             continue
         own: dict[str, Any] = {}
-        for base in (base for base in BASES if base in rows):
+        for base in (base for base in rows if base.startswith("transformers ")):
             own[base] = {
                 part: round(rows[base][f"{part}_ms"]["median"] / row[f"{part}_ms"]["median"], 2) for part in _PARTS
             }

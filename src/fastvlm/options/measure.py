@@ -248,6 +248,8 @@ class BenchPeersOptions:
     """An interpreter that has torch, transformers 5 and timm."""
     rival_dtype: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
     """Formats in which transformers is measured; large models do not fit several times."""
+    rival_compile: bool = False
+    """Measure transformers once more, its encoder compiled by inductor with frozen weights, in the format of ours."""
     openvino: str | None = None
     """A folder that `fastvlm export openvino` wrote of the same model, run by OpenVINO alone."""
     onnx: str | None = None
@@ -270,6 +272,8 @@ class BenchPeersOptions:
         _check(self, tokens=100_000, rounds=1000, threads=4096, image_size=16_384)
         if not 0 <= self.llava_rounds <= 1000:
             raise InputError(f"llava_rounds must be a whole number between 0 and 1000, got {self.llava_rounds!r}")
+        if self.rival_compile and self.rival_python is None:
+            raise InputError("rival_compile needs transformers; name its interpreter with --rival-python")
         for route in self.route:
             if route.partition(":")[0] not in ROUTES:
                 raise InputError(f"route must be one of {', '.join(ROUTES)}, with or without :FOLDER, got {route!r}")

@@ -1,7 +1,8 @@
-"""transformers' `fast_vlm` as it comes, eager: `fast_vlm.py FOLDER --dtype D --device D`.
+"""transformers' `fast_vlm` as it comes, eager: `fast_vlm.py FOLDER --dtype D --device D [--compile]`.
 
 It knows nothing of fastvlm. Vision (with the projector) is timed by hooks around what the model calls; decoding is a
-plain loop over the model with its own cache, without the work that `generate` does around it.
+plain loop over the model with its own cache, without the work that `generate` does around it. With `--compile` its
+encoder, timm's, is laid out in channels_last and compiled by inductor with its weights frozen.
 """
 
 import argparse
@@ -18,6 +19,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--device", required=True)
+    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     import torch
 
@@ -33,6 +35,10 @@ def main() -> None:
 
     loading = Laps(synchronize)
     model = AutoModelForImageTextToText.from_pretrained(options.folder, dtype=dtype).to(device).eval()
+    if options.compile:
+        torch._inductor.config.freezing = True  # type: ignore[attr-defined,unused-ignore]
+        model.model.vision_tower.to(memory_format=torch.channels_last).requires_grad_(False)
+        model.model.vision_tower.compile()
     load_ms = loading.lap()
     marks: list[Any] = []  # the clock of the run that is measured, and what it read around the encoder
     features: list[Any] = []  # of that run, of each picture: transformers 5.17 has a list of them, 5.23 a tensor
