@@ -158,14 +158,13 @@ def _programs(
     """Those that can be run here, ours first; and why others cannot."""
     programs = [_ours(route, options, folder, placement, threads) for route in options.route]
     missing: dict[str, str] = {}
-    rival = options.rival_python
+    rival, ours = options.rival_python, rival_dtype(placement)
     if rival is None:
         missing["transformers"] = "no --rival-python was given"
     else:
-        ways = [(f"transformers {dtype}", dtype, []) for dtype in options.rival_dtype]
+        ways: list[tuple[str, str, list[str]]] = [(f"transformers {dtype}", dtype, []) for dtype in options.rival_dtype]
         if options.rival_compile:
-            dtype = rival_dtype(placement)
-            ways.append((f"transformers {dtype}, encoder by inductor", dtype, ["--compile"]))
+            ways.append((f"transformers {ours}, encoder by inductor", ours, ["--compile"]))
         for name, dtype, rest in ways:
             line = [rival, str(RIVALS / "fast_vlm.py"), str(folder), "--dtype", dtype]
             line += ["--device", str(placement.device), *rest]
@@ -183,10 +182,9 @@ def _programs(
         elif module == "openvino":
             if not (Path(given) / "openvino_language_model.xml").is_file():
                 raise InputError(f"{given}: no OpenVINO export; make one with fastvlm export openvino")
-            theirs = rival_dtype(placement)
-            precision = {"float32": "f32", "bfloat16": "bf16"}[theirs]
+            precision = {"float32": "f32", "bfloat16": "bf16"}[ours]
             line = [python, str(RIVALS / "openvino_folder.py"), given, "--precision", precision]
-            programs.append(_other(f"OpenVINO {theirs}", theirs, [*line, "--threads", str(threads)], threads))
+            programs.append(_other(f"OpenVINO {ours}", ours, [*line, "--threads", str(threads)], threads))
         else:
             suffix = onnx_suffix(Path(given))
             line = [python, str(RIVALS / "onnx_folder.py"), given, f"--suffix={suffix}", "--threads", str(threads)]
