@@ -6,6 +6,8 @@ Letters: `P` images, `h, w` feature grid, `C` channels, `k` width of the kernel.
 """
 
 import ctypes
+from collections.abc import Callable
+from ctypes import Structure
 from typing import Final
 
 import torch
@@ -21,14 +23,14 @@ _STRIDES: Final = (1, 2)
 _DTYPES: Final = (torch.float32, torch.bfloat16)
 
 
-class _Convolution(ctypes.Structure):
+class _Convolution(Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "bias")),
         *((name, ctypes.c_int64) for name in ("channels", "kernel", "stride", "times", "has_gelu")),
     ]
 
 
-class _Maps(ctypes.Structure):
+class _Maps(Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("given", "made")),
         *((name, ctypes.c_int64) for name in ("is_half", "num_images", "height", "width")),
@@ -68,32 +70,32 @@ class DepthwiseConv(nn.Module):
         self.times, self.has_gelu = conv.out_channels // conv.groups, has_gelu
         weight = conv.weight.detach().float().reshape(self.dim, self.times, self.kernel**2)
         bias = conv.bias.detach().float().reshape(self.dim, self.times, 1)
-        self.register_buffer("weight", _in_vectors(weight), persistent=False)
-        self.register_buffer("bias", _in_vectors(bias), persistent=False)
+        self.register_buffer("weight", in_vectors(weight), persistent=False)
+        self.register_buffer("bias", in_vectors(bias), persistent=False)
         self._library, self._gelu, self._parallel = library, fit(), openmp()
 
     def forward(self, x: Tensor) -> Tensor:
         """`(P, C, h, w)` to `(P, times * C, h', w')`."""
         given = x.permute(0, 2, 3, 1).contiguous()
-        num_images, height, width, _ = given.shape
+        return self.call(self._library.fastvlm_depthwise, given, *given.shape[1:3])
+
+    def call(self, kernel: Callable[..., None], given: Tensor, height: int, width: int, *more: Structure) -> Tensor:
+        """Let a kernel make `(P, times * C, h', w')` of what it is given, out of a map that is so high and wide.
+
+        `given` is `(P, ...)`; `more` describes what the kernel does before.
+        """
         size = [(side - 1) // self.stride + 1 for side in (height, width)]
-        made = given.new_empty(num_images, *size, self.times * self.dim)
+        made = given.new_empty(len(given), *size, self.times * self.dim)
         described = _Convolution(
             self.weight.data_ptr(), self.bias.data_ptr(), self.dim, self.kernel, self.stride, self.times, self.has_gelu
         )
-        is_half = given.dtype == torch.bfloat16
-        maps = _Maps(given.data_ptr(), made.data_ptr(), is_half, num_images, height, width)
-        self._library.fastvlm_depthwise(
-            self._parallel,
-            ctypes.c_int32(torch.get_num_threads()),
-            ctypes.byref(described),
-            ctypes.byref(maps),
-            ctypes.byref(self._gelu),
-        )
+        maps = _Maps(given.data_ptr(), made.data_ptr(), given.dtype == torch.bfloat16, len(given), height, width)
+        structures = map(ctypes.byref, (*more, described, maps, self._gelu))
+        kernel(self._parallel, ctypes.c_int32(torch.get_num_threads()), *structures)
         return made.permute(0, 3, 1, 2)
 
 
-def _in_vectors(values: Tensor) -> Tensor:
-    """`(C, times, n)` to `(times, vectors, n, 16)`; what is missing to a vector is zero."""
+def in_vectors(values: Tensor) -> Tensor:
+    """Lay out as kernels read: `(C, times, n)` to `(times, vectors, n, 16)`; what is missing to a vector is zero."""
     whole = F.pad(values.permute(1, 2, 0), (0, -len(values) % _LANES)).contiguous()
     return whole.view(*whole.shape[:2], -1, _LANES).transpose(1, 2).contiguous()

@@ -4,7 +4,7 @@ Nothing else is computed: the activation is applied, and the skip added, while t
 float32, instead of in a pass of its own over the map; and kernels are laid out once as oneDNN reads them, instead of at
 every call.
 
-Depthwise convolutions, and the wide layers of ConvFFNs, are our library's where it is given and has them.
+Depthwise convolutions, the stem and the wide layers of ConvFFNs are our library's where it is given and has them.
 
 Letters: `P` images, `h, w` feature grid, `N = h * w`, `C` channels.
 """
@@ -22,6 +22,7 @@ from fastvlm.model.byte_ffn import ByteFFN
 from fastvlm.model.compiled import has_depthwise, has_tiles
 from fastvlm.model.depthwise import DepthwiseConv, can_convolve
 from fastvlm.model.quantize import QuantizedConv
+from fastvlm.model.stem import StemConvs, can_join
 from fastvlm.model.tile_attention import TileKernel, can_attend
 from fastvlm.model.tile_ffn import TileFFN
 from fastvlm.model.tiles import can_tile
@@ -64,8 +65,7 @@ def fuse(vision: FastViTHD, library: ctypes.CDLL | None = None) -> FastViTHD:
         vision: The encoder.
         library: What `fastvlm.native.build.library` returns; needed where ConvFFNs are quantised, faster elsewhere.
     """
-    for index, module in enumerate(vision.stem):
-        vision.stem[index] = _mobile_one(module, library)
+    vision.stem = _stem(vision.stem, library)
     for stage in vision.stages:
         _fuse_stage(stage, library)
     vision.add_module("final_conv", _mobile_one(vision.final_conv, library))
@@ -245,6 +245,20 @@ class FusedAttentionBlock(nn.Module):
             self._kernel.attend(query, key, value, mixed.transpose(1, 2), is_causal=False)
         rows = rows + self.proj(mixed.reshape(rows.shape))  # (P, N, C)
         return self.ffn(rows.view(num_images, height, width, dim).permute(0, 3, 1, 2))
+
+
+def _stem(stem: nn.Sequential, library: ctypes.CDLL | None) -> nn.Sequential:
+    first, second, last = stem
+    assert isinstance(first, MobileOne)
+    assert isinstance(second, MobileOne)
+    conv, depthwise = first.reparam_conv, second.reparam_conv
+    assert conv is not None
+    assert depthwise is not None
+    is_plain = first.se is None and second.se is None and first.has_act
+    if library is not None and is_plain and can_join(conv, depthwise) and has_depthwise(library):
+        joined = StemConvs(conv, depthwise, library, has_gelu=second.has_act)
+        return nn.Sequential(joined, _mobile_one(last, library))
+    return nn.Sequential(*(_mobile_one(block, library) for block in stem))
 
 
 def _fuse_stage(stage: nn.Module, library: ctypes.CDLL | None) -> None:
