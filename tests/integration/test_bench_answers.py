@@ -63,6 +63,10 @@ def program(code=PROGRAM):
             "ONNX Runtime float32",
         ),
         ({"ours": "float32", "quantised": "quantised", "transformers float32": "float32"}, "transformers float32"),
+        (
+            {"ours": "float32", "transformers float32, encoder by inductor": "float32"},
+            "transformers float32, encoder by inductor",
+        ),
     ],
 )
 def test_programs_are_compared_with_the_most_exact(found, name):

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from fastvlm.checkpoint.load import load
 from fastvlm.checkpoint.zoo import resolve
+from fastvlm.errors import InputError
 from fastvlm.model import fold, fused
 from fastvlm.model.compiled import has_depthwise
 from fastvlm.model.depthwise import DepthwiseConv
@@ -100,11 +101,27 @@ def test_what_the_kernel_does_not_know_is_left_to_others():
     assert not can_join(nn.Conv2d(3, 8, 5, 2, 2), second)
     assert not can_join(nn.Conv2d(3, 8, 3, 2), second)
     assert not can_join(nn.Conv2d(3, 8, 3, 2, 1, bias=False), second)
+    assert not can_join(nn.Conv2d(3, 8, 3, 2, 1, dilation=2), second)
+    assert not can_join(nn.Conv2d(3, 8, 3, 2, 1, padding_mode="reflect"), second)
+    assert not can_join(nn.Conv2d(3, 9, 3, 2, 1, groups=3), convs_of(9)[1])
     assert not can_join(first, nn.Conv2d(8, 8, 3, 1, 1, groups=8))
     assert not can_join(first, nn.Conv2d(8, 8, 7, 2, 3, groups=8))
     assert not can_join(first, nn.Conv2d(8, 8, 3, 2, 1))
     assert not can_join(first, copy.deepcopy(second).bfloat16())
     assert not can_join(*(conv.half() for conv in convs_of(8)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pixels_of_another_shape_or_format_are_refused_and_none_are_nothing(dtype, joining):
+    ours = StemConvs(*convs_of(20, dtype), joining)
+    for size in ((1, 1, 8, 8), (1, 4, 8, 8), (3, 8, 8)):
+        with pytest.raises(InputError, match="pixels must be"):
+            ours(torch.rand(size, dtype=dtype))
+    for other in {torch.float16, torch.float64, *DTYPES} - {dtype}:
+        with pytest.raises(InputError, match="pixels must be"):
+            ours(torch.rand(1, 3, 8, 8).to(other))
+
+    assert ours(torch.rand(0, 3, 8, 8, dtype=dtype)).shape == (0, 20, 2, 2)
 
 
 @torch.inference_mode()

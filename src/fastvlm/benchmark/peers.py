@@ -283,7 +283,7 @@ def _compare(
 def most_exact(programs: Sequence[Program]) -> str:
     """Name the program whose logits the others are compared with: in float32, transformers before others, if any is."""
     exact = [program.name for program in programs if program.tolerance == "float32"]
-    exact.sort(key=lambda name: name != "transformers float32")
+    exact.sort(key=lambda name: not name.startswith("transformers float32"))
     return [*exact, programs[0].name][0]
 
 

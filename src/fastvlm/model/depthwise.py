@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fastvlm.model.compiled import openmp
 from fastvlm.model.gelu import fit
 
-_LANES: Final = 16  # channels of a vector, as in native/depthwise.cpp
+_LANES: Final = 16  # channels of a vector, as in native/depthwise.h
 _KERNELS: Final = (3, 7)
 _STRIDES: Final = (1, 2)
 _DTYPES: Final = (torch.float32, torch.bfloat16)
@@ -91,7 +91,8 @@ class DepthwiseConv(nn.Module):
         )
         maps = _Maps(given.data_ptr(), made.data_ptr(), given.dtype == torch.bfloat16, len(given), height, width)
         structures = map(ctypes.byref, (*more, described, maps, self._gelu))
-        kernel(self._parallel, ctypes.c_int32(torch.get_num_threads()), *structures)
+        if made.numel():
+            kernel(self._parallel, ctypes.c_int32(torch.get_num_threads()), *structures)
         return made.permute(0, 3, 1, 2)
 
 

@@ -12,6 +12,7 @@ from typing import Final
 
 from torch import Tensor, nn
 
+from fastvlm.errors import InputError
 from fastvlm.model.depthwise import DepthwiseConv, can_convolve, in_vectors
 
 _COLORS: Final = 3  # as in native/stem.cpp
@@ -56,10 +57,16 @@ class StemConvs(nn.Module):
         self.register_buffer("weight", in_vectors(weight), persistent=False)
         self.register_buffer("bias", in_vectors(first.bias.detach().float().view(-1, 1, 1)), persistent=False)
         self.second = DepthwiseConv(second, library, has_gelu=has_gelu)
-        self._kernel = library.fastvlm_stem
+        self.dtype, self._kernel = first.weight.dtype, library.fastvlm_stem
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(P, 3, H, W)` to `(P, C, h, w)`, a quarter as high and wide."""
+        """`(P, 3, H, W)` to `(P, C, h, w)`, a quarter as high and wide.
+
+        Raises:
+            InputError: The pixels have another shape or format.
+        """
+        if x.ndim != 4 or x.shape[1] != _COLORS or x.dtype != self.dtype:
+            raise InputError(f"pixels must be (P, 3, H, W) in {self.dtype}, got {tuple(x.shape)} in {x.dtype}")
         given = x.permute(0, 2, 3, 1).contiguous()
         _, height, width, _ = given.shape
         first = _First(self.weight.data_ptr(), self.bias.data_ptr(), height, width)

@@ -41,7 +41,7 @@ struct Convolution {       // fields as in fastvlm/model/depthwise.py
 };
 
 struct Maps {          // as there
-    const void* from;  // (P, h, w, C)
+    const void* from;  // (P, h, w, C); for the stem what it is made of
     void* to;          // (P, h', w', times * C)
     int64_t is_half, num_images, height, width;
 };

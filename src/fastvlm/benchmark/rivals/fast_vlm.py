@@ -2,7 +2,7 @@
 
 It knows nothing of fastvlm. Vision (with the projector) is timed by hooks around what the model calls; decoding is a
 plain loop over the model with its own cache, without the work that `generate` does around it. With `--compile` its
-encoder, timm's, is laid out in channels_last and compiled by inductor with its weights frozen.
+encoder, timm's, is laid out in channels_last and compiled by inductor with its weights frozen, in the first answer.
 """
 
 import argparse
