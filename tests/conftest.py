@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 
 from fastvlm.errors import DeviceError
+from fastvlm.model.compiled import has_depthwise
 from fastvlm.native.build import library
 from fastvlm.synth.assets import default_folder, is_complete
 from fastvlm.train.assets import fetch_assets
@@ -127,3 +128,11 @@ def quiet_environment():
     """The environment for a child process that must not depend on this one's settings."""
     dropped = ("PYTHON", "FASTVLM_", "NO_COLOR", "COLUMNS")
     return {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+
+
+@pytest.fixture
+def convolving(kernels):
+    """The library, where it convolves."""
+    if not has_depthwise(kernels):
+        pytest.skip("this processor has no AVX-512")
+    return kernels

@@ -11,7 +11,6 @@ from torch.testing import assert_close
 from fastvlm.checkpoint.load import load
 from fastvlm.checkpoint.zoo import resolve
 from fastvlm.model import fold, fused
-from fastvlm.model.compiled import has_depthwise
 from fastvlm.model.depthwise import DepthwiseConv, can_convolve
 
 KINDS = [(3, 1), (3, 2), (7, 1), (7, 2)]  # kernel, stride
@@ -25,14 +24,6 @@ SIZES = [  # P, C, h, w: lanes, lines and tiles that are whole, too many or too 
     (3, 17, 41, 70),
     (1, 32, 12, 129),
 ]
-
-
-@pytest.fixture
-def convolving(kernels):
-    """The library, where it convolves."""
-    if not has_depthwise(kernels):
-        pytest.skip("this processor has no AVX-512")
-    return kernels
 
 
 def conv_of(dim, kernel, stride, times=1, dtype=torch.float32):

@@ -12,7 +12,6 @@ from fastvlm.checkpoint.load import load
 from fastvlm.checkpoint.zoo import resolve
 from fastvlm.errors import InputError
 from fastvlm.model import fold, fused
-from fastvlm.model.compiled import has_depthwise
 from fastvlm.model.depthwise import DepthwiseConv
 from fastvlm.model.stem import StemConvs, can_join
 
@@ -27,14 +26,6 @@ SIZES = [  # P, C, H, W: lanes, lines and tiles that are whole, too many or too 
     (3, 32, 150, 128),
     (1, 40, 70, 600),
 ]
-
-
-@pytest.fixture
-def joining(kernels):
-    """The library, where it convolves."""
-    if not has_depthwise(kernels):
-        pytest.skip("this processor has no AVX-512")
-    return kernels
 
 
 def convs_of(dim, dtype=torch.float32):
@@ -53,11 +44,11 @@ def exact(first, second, x, *, has_gelu=True):
 @pytest.mark.parametrize("has_gelu", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sums_are_those_of_float64_and_rounded_once(size, dtype, has_gelu, joining):
+def test_sums_are_those_of_float64_and_rounded_once(size, dtype, has_gelu, convolving):
     num_images, dim, *sides = size
     convs, x = convs_of(dim, dtype), (3 * torch.randn(num_images, 3, *sides)).to(dtype)
 
-    found = StemConvs(*convs, joining, has_gelu=has_gelu)(x)
+    found = StemConvs(*convs, convolving, has_gelu=has_gelu)(x)
 
     assert found.dtype == dtype
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -67,9 +58,9 @@ def test_sums_are_those_of_float64_and_rounded_once(size, dtype, has_gelu, joini
 
 @pytest.mark.parametrize("damage", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_pixel_that_is_no_number_is_not_hidden_and_stays_where_it_is(dtype, damage, joining):
+def test_a_pixel_that_is_no_number_is_not_hidden_and_stays_where_it_is(dtype, damage, convolving):
     convs, x = convs_of(24, dtype), torch.randn(2, 3, 40, 140).to(dtype)
-    ours = StemConvs(*convs, joining, has_gelu=True)
+    ours = StemConvs(*convs, convolving, has_gelu=True)
     before = ours(x)
     x[1, 2, 21, 131] = damage
 
@@ -84,8 +75,8 @@ def test_a_pixel_that_is_no_number_is_not_hidden_and_stays_where_it_is(dtype, da
 
 
 @pytest.mark.parametrize("num_threads", [1, 3, 64])
-def test_the_number_of_threads_and_whose_they_are_changes_nothing(num_threads, monkeypatch, joining):
-    ours, x = StemConvs(*convs_of(96), joining), torch.randn(2, 3, 200, 330)
+def test_the_number_of_threads_and_whose_they_are_changes_nothing(num_threads, monkeypatch, convolving):
+    ours, x = StemConvs(*convs_of(96), convolving), torch.randn(2, 3, 200, 330)
     expected = ours(x)
     monkeypatch.setattr(ours.second, "_parallel", None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
@@ -112,8 +103,8 @@ def test_what_the_kernel_does_not_know_is_left_to_others():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pixels_of_another_shape_or_format_are_refused_and_none_are_nothing(dtype, joining):
-    ours = StemConvs(*convs_of(20, dtype), joining)
+def test_pixels_of_another_shape_or_format_are_refused_and_none_are_nothing(dtype, convolving):
+    ours = StemConvs(*convs_of(20, dtype), convolving)
     for size in ((1, 1, 8, 8), (1, 4, 8, 8), (3, 8, 8)):
         with pytest.raises(InputError, match="pixels must be"):
             ours(torch.rand(size, dtype=dtype))
@@ -125,13 +116,26 @@ def test_pixels_of_another_shape_or_format_are_refused_and_none_are_nothing(dtyp
 
 
 @torch.inference_mode()
-def test_the_fused_encoder_takes_it(joining):
+def test_the_fused_encoder_takes_it(convolving):
     folded = fold.for_inference(load(resolve("nano"), dtype=torch.float32).model).vision
-    stem = fused.fuse(copy.deepcopy(folded).to(memory_format=torch.channels_last), joining).stem
+    stem = fused.fuse(copy.deepcopy(folded).to(memory_format=torch.channels_last), convolving).stem
     pixels = torch.rand(2, 3, 192, 320)
 
     expected, found = folded.stem(pixels), stem(pixels.to(memory_format=torch.channels_last))
 
     assert isinstance(stem[0], StemConvs)
     assert isinstance(stem[0].second, DepthwiseConv)
+    assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().mean()))  # GELU is a polynomial
+
+
+@torch.inference_mode()
+def test_a_stem_without_gelu_between_them_is_left_to_others(convolving):
+    folded = fold.for_inference(load(resolve("nano"), dtype=torch.float32).model).vision
+    folded.stem[0].has_act = False
+    stem = fused.fuse(copy.deepcopy(folded).to(memory_format=torch.channels_last), convolving).stem
+    pixels = torch.rand(1, 3, 64, 96)
+
+    expected, found = folded.stem(pixels), stem(pixels.to(memory_format=torch.channels_last))
+
+    assert not any(isinstance(module, StemConvs) for module in stem.modules())
     assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().mean()))  # GELU is a polynomial
